@@ -1,0 +1,178 @@
+"""Image classification: any classifier of transformers or timm, and plain modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_purify.adapter import Adapter, Batch, Loaded, Tiny
+from hf_purify.discovery import discover
+from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.neurons import NeuronIndex
+
+from .examples import ImageExamples, label_column, open_data, read_images
+from .loading import load_folder, new_timm, preparer, wrap_module
+from .triggers import TRIGGERS
+
+
+class VisionAdapter(Adapter):
+    name: ClassVar[str] = "vision"
+    task: ClassVar[str] = "image-classification"
+    variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
+
+    def load(self, source: Any, **options: Any) -> Loaded:
+        """Load a checkpoint folder, or wrap an `nn.Module` given with `processor`.
+
+        Raises:
+            ModelError: no image classifier, NaN or quantized weights, missing tensors.
+        """
+        if isinstance(source, nn.Module):
+            loaded = wrap_module(source, options.get("processor"), options.get("labels"))
+        else:
+            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
+        check_weights(loaded.model)
+        return loaded
+
+    def locate(self, source: str) -> str | None:
+        import timm
+
+        if source.startswith("hf-hub:"):
+            return source.removeprefix("hf-hub:")
+        if "/" in source or not timm.is_model(source):
+            return None
+        return (timm.get_pretrained_cfg(source) or timm.models.PretrainedCfg()).hf_hub_id
+
+    def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
+        import timm
+
+        if not timm.is_model(architecture):
+            raise ConfigError(f"timm has no model '{architecture}'{did_you_mean(architecture, timm.list_models())}")
+        return new_timm(architecture, classes, **options)
+
+    def classes(self, loaded: Loaded) -> int:
+        """Number of classes, from the model's config, its head, or its label names."""
+        config = getattr(loaded.model, "config", None)
+        for value in (getattr(config, "num_labels", None), getattr(loaded.model, "num_classes", None), len(loaded.labels) or None):
+            if value:
+                return int(value)
+        linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise ModelError("cannot tell the number of classes: the model has no config, no num_classes and no linear layer; pass labels=[...]")
+        return linear[-1].out_features
+
+    def channels(self, loaded: Loaded) -> int:
+        """Colour channels of the input, from the first convolution."""
+        first = next((m for m in loaded.model.modules() if isinstance(m, nn.Conv2d)), None)
+        return first.in_channels if first is not None and first.in_channels in (1, 3) else 3
+
+    def examples(self, data: Any, loaded: Loaded, **options: Any) -> ImageExamples:
+        if isinstance(data, ImageExamples):
+            return data
+        return read_images(data, preparer(loaded.processor), self.classes(loaded), loaded.labels, self.channels(loaded), **options)
+
+    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+        """Class names of a data set, in order."""
+        opened = open_data(data, split)
+        column = label_column(opened, label)
+        feature = opened.features[column]
+        return list(feature.names) if hasattr(feature, "names") else [str(v) for v in sorted(set(opened[column][:]))]
+
+    def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
+        return preparer(loaded.processor)(raws)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        out = model(batch["pixel_values"])
+        return out if isinstance(out, Tensor) else out.logits
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy `(B,)`; of mixed images, the two labels' entropies in the images' shares."""
+        logits = self.logits(model, batch).float()
+        loss = F.cross_entropy(logits, batch["labels"], reduction="none")
+        if "partner_labels" in batch:
+            other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")
+            loss = batch["share"] * loss + (1 - batch["share"]) * other
+        return loss
+
+    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
+        """MixUp of pixels (Zhang et al., ICLR 2018)."""
+        images = batch["pixel_values"]
+        mixed = share.to(images.dtype) * images + (1 - share.to(images.dtype)) * images[partner]
+        return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
+
+    def augmentations(self) -> list[str]:
+        return ["crop+flip", "crop"]
+
+    def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
+        """Random crop after padding by an eighth of the side, and random horizontal flip, for each image by itself."""
+        images = batch["pixel_values"]
+        n, _, height, width = images.shape
+        pad = max(1, min(height, width) // 8)
+        shifts = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
+        padded = F.pad(images, (pad,) * 4)
+        rows = shifts[0][:, None] + torch.arange(height)
+        columns = shifts[1][:, None] + torch.arange(width)
+        if "flip" in kind:
+            flip = torch.rand(n, generator=generator) < 0.5
+            columns = torch.where(flip[:, None], columns.flip(1), columns)
+        index = torch.arange(n)[:, None, None]
+        out = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return {**batch, "pixel_values": out}
+
+    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
+        images = batch["pixel_values"][:2]
+        weight = next(p for p in loaded.model.parameters() if p.is_floating_point())
+        images = images.to(weight.device, weight.dtype)
+        found = discover(loaded.model, lambda m: self.logits(m, {"pixel_values": images}), self.classes(loaded))
+        return NeuronIndex(found.groups, loaded.keys)
+
+    def triggers(self) -> dict[str, type]:
+        return dict(TRIGGERS)
+
+    def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
+        return make_tiny(variant or "resnet", seed)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse quantized weights and weights that are not finite.
+
+    Raises:
+        ModelError: names the first such tensor.
+    """
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ModelError("the model's weights are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"the checkpoint holds NaN or infinite values in '{name}'; it cannot be repaired")
+        if not tensor.is_floating_point() and tensor.dim() >= 2 and name.endswith("weight"):
+            raise ModelError(f"'{name}' has type {tensor.dtype}; expected floating-point weights (is the checkpoint quantized?)")
+
+
+def make_tiny(variant: str, seed: int) -> Tiny:
+    """A random transformers classifier of four classes and eight noise images of 32 pixels."""
+    from transformers import ConvNextConfig, ResNetConfig, SwinConfig, ViTConfig
+    from transformers import AutoModelForImageClassification as Auto
+
+    configs: dict[str, Any] = {
+        "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4),
+        "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, image_size=32, num_labels=4),
+        "vit": lambda: ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=4),
+        "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=32, patch_size=2, num_labels=4),
+    }
+    if variant not in configs:
+        raise ConfigError(f"no tiny model '{variant}'{did_you_mean(variant, configs)} (known: {', '.join(configs)})")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Auto.from_config(configs[variant]()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    raws = [torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8) for _ in range(8)]
+    labels = torch.arange(8) % 4
+
+    def prepare(images: list[Tensor]) -> Tensor:
+        return torch.stack(images).float() / 127.5 - 1
+
+    loaded = Loaded(model, prepare, [], f"tiny-{variant}", "transformers")
+    return Tiny(loaded, ImageExamples(raws, labels, prepare), 4)

@@ -1,0 +1,252 @@
+"""Find the neurons of any network from its structure alone: no list of class names or module names.
+
+One forward pass is traced. The output of every weight layer and norm is cut out of the autograd graph, so that a
+gradient taken at the input of the next layer reaches exactly the layers that feed it directly. Which of their channels
+that gradient touches tells what the input is:
+
+- channel by channel, from one layer or from a gate and an up projection: **hidden units**;
+- channel by channel from the values, across channels from queries and keys: the value channels of an **attention**;
+- fed by a norm, by several residual writers, or by the model's input: no neurons of its own.
+
+Affine norms are neurons too (one scale per channel), together with the filter in front of them where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_purify.errors import ModelError
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+
+
+@dataclass
+class _Feed:
+    """A layer that feeds another one directly."""
+
+    call: _Call
+    offsets: tuple[int, ...]  # where chunks of channels begin that arrive channel by channel
+    complete: bool  # every chunk does
+
+
+@dataclass
+class _Call:
+    """What one traced module saw and gave."""
+
+    name: str
+    module: nn.Module
+    source: Tensor
+    output: Tensor
+    feeds: list[_Feed] = field(default_factory=list)
+    scales: bool = True  # its channels vanish with its weight and bias (a response norm adds its input back)
+
+    @property
+    def is_norm(self) -> bool:
+        return _is_norm(self.module) and self.scales
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def axes(module: nn.Module) -> tuple[int, int] | None:
+    """Return `(output axis, input axis)` of a linear or convolutional layer's weight, else None.
+
+    Recognised by shape: a float weight of at least two dimensions, with the sizes that the layer itself states. Input channels of
+    a grouped convolution are shared out over groups and have no axis of their own: the input axis is then -1.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(module, nn.Embedding):
+        return None
+    if hasattr(module, "nf") and weight.dim() == 2:  # transformers' Conv1D: (in, out)
+        return 1, 0
+    if getattr(module, "transposed", False):
+        return (1, 0) if module.groups == 1 else None
+    if hasattr(module, "in_features") or hasattr(module, "in_channels"):
+        return 0, (1 if getattr(module, "groups", 1) == 1 else -1)
+    return None
+
+
+def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
+    """The axis of an activation that holds channels: 1 for convolutions and batch norms, the last elsewhere."""
+    weight = module.weight
+    spatial = hasattr(module, "in_channels") or "BatchNorm" in type(module).__name__ or "GroupNorm" in type(module).__name__
+    channels = weight.shape[0] if weight.dim() == 1 else None
+    if channels is not None and not spatial:
+        return 1 if tensor.dim() == 4 and tensor.shape[-1] != channels and tensor.shape[1] == channels else tensor.dim() - 1
+    return 1 if spatial else tensor.dim() - 1
+
+
+def _blocks(names: list[str]) -> list[int]:
+    """Number the containers of modules in order of execution: `layer1.0.bn1` and `layer1.0.bn2` share a block.
+
+    A container is the part of a name up to the last numbered component that is followed by more; without one it is the stem, 0.
+    """
+    seen: dict[str, int] = {}
+    numbers = []
+    for name in names:
+        parts = name.split(".")
+        last = max((i for i, p in enumerate(parts[:-1]) if p[-1:].isdigit()), default=None)
+        prefix = "" if last is None else ".".join(parts[: last + 1])
+        numbers.append(0 if not prefix else seen.setdefault(prefix, len(seen) + 1))
+    return numbers
+
+
+class _Tracer:
+    """Hooks that record weight layers and norms in order of execution; a context manager that leaves none behind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.calls: list[_Call] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._generator = torch.Generator().manual_seed(0)
+        self._probing = False
+
+    def __enter__(self) -> _Tracer:
+        for name, module in self.model.named_modules():
+            if _is_norm(module) or axes(module) is not None:
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> object:
+            if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                return None
+            if self._probing:
+                return None
+            leaf = output.detach().requires_grad_()
+            scales = not _is_norm(module) or self._vanishes(module, inputs[0])
+            self.calls.append(_Call(name, module, inputs[0], leaf, self._feeds(module, inputs[0]), scales))
+            return leaf.clone()  # activations may work in place
+
+        return hook
+
+    def _vanishes(self, module: nn.Module, x: Tensor) -> bool:
+        """Is the norm's output zero when its weight and bias are?"""
+        zeros = {n: torch.zeros_like(t) for n in ("weight", "bias") if isinstance(t := getattr(module, n, None), Tensor)}
+        self._probing = True
+        try:
+            with torch.no_grad():
+                return not torch.func.functional_call(module, zeros, (x.detach(),)).any()
+        finally:
+            self._probing = False
+
+    def _feeds(self, module: nn.Module, x: Tensor) -> list[_Feed]:
+        """The earlier calls that feed `x` directly, and how their channels arrive."""
+        if not x.requires_grad or not self.calls:
+            return []
+        moved = x.movedim(_channel_axis(module, x), -1)
+        size = moved.shape[-1]
+        chosen = torch.rand(size, generator=self._generator) < 0.5
+        chosen[int(torch.randint(size, (1,), generator=self._generator))] = True
+        weights = torch.rand(moved.shape, generator=self._generator) + 0.5
+        probe = (moved * (chosen * weights).to(x)).sum()
+        grads = torch.autograd.grad(probe, [c.output for c in self.calls], allow_unused=True, retain_graph=True)
+        return [_feed(c, g, chosen.to(x.device)) for c, g in zip(self.calls, grads, strict=True) if g is not None]
+
+
+def _feed(call: _Call, grad: Tensor, chosen: Tensor) -> _Feed:
+    """Compare the channels that a gradient touches with those chosen at the other end.
+
+    A fused projection (QKV, gate and up) is several chunks wide; each is judged by itself.
+    """
+    moved = grad.movedim(_channel_axis(call.module, grad), -1)
+    size = chosen.numel()
+    if moved.shape[-1] % size:
+        return _Feed(call, (), False)
+    touched = moved.reshape(-1, moved.shape[-1] // size, size).abs().sum(0) > 0
+    aligned = [bool(t.any() and not (t & ~chosen).any()) for t in touched]
+    return _Feed(call, tuple(i * size for i, ok in enumerate(aligned) if ok), all(aligned))
+
+
+def _slices(call: _Call, offset: int) -> list[ParamSlice]:
+    """What a layer's output channels own, from `offset` on: weight rows, and the bias."""
+    layer = axes(call.module)
+    rows = [ParamSlice(f"{call.name}.weight", layer[0] if layer else 0, offset)]
+    if isinstance(getattr(call.module, "bias", None), Tensor):
+        rows.append(ParamSlice(f"{call.name}.bias", 0, offset))
+    return rows
+
+
+def _norm_group(call: _Call) -> NeuronGroup:
+    size = call.module.weight.shape[0]  # type: ignore[union-attr]
+    params = _slices(call, 0)
+    if len(call.feeds) == 1 and call.feeds[0].complete and call.feeds[0].offsets == (0,):
+        producer = call.feeds[0].call
+        if not _is_norm(producer.module) and producer.output.numel() == call.output.numel():
+            params += _slices(producer, 0)  # the filter in front of the norm
+    return NeuronGroup(call.name, size, tuple(params), "norm")
+
+
+def _input_group(call: _Call, in_axis: int) -> NeuronGroup | None:
+    """Hidden units or attention values at the input of a layer, where there are any."""
+    feeds = call.feeds
+    if in_axis < 0 or not feeds:
+        return None
+    if any(f.call.is_norm and f.offsets for f in feeds):
+        return None  # the norm in front has these neurons already
+    if not any(f.offsets for f in feeds) and len(feeds) > 1:
+        return None
+    attention = not all(f.complete for f in feeds) and any(f.offsets for f in feeds)
+    if not attention and any(f.call.source is not feeds[0].call.source for f in feeds):
+        return None  # several writers of a residual stream, which all later layers read
+    rows = [s for f in feeds for offset in f.offsets for s in _rows(f.call, offset)]
+    gate = ParamSlice(f"{call.name}.weight", in_axis)
+    size = call.module.weight.shape[in_axis]  # type: ignore[union-attr]
+    return NeuronGroup(call.name, size, (gate, *rows), "attention" if attention else "hidden")
+
+
+def _rows(call: _Call, offset: int) -> list[ParamSlice]:
+    """What a producer owns; of a response norm, also what the layer in front of it owns."""
+    front = call.feeds[0] if not call.scales and len(call.feeds) == 1 and call.feeds[0].complete else None
+    return _slices(call, offset) + ([s for o in front.offsets for s in _slices(front.call, o)] if front else [])
+
+
+def _groups(call: _Call, head: _Call | None) -> list[NeuronGroup]:
+    """The neurons that a traced call stands for: none, one group, or hidden inputs and the class rows of a head."""
+    if _is_norm(call.module):
+        return [_norm_group(call)] if call.is_norm else []
+    out_axis, in_axis = axes(call.module)  # type: ignore[misc]
+    found = [g for g in [_input_group(call, in_axis)] if g]
+    if call is head:
+        name = f"{call.name}[out]" if found else call.name
+        size = call.module.weight.shape[out_axis]  # type: ignore[union-attr]
+        found.append(NeuronGroup(name, size, tuple(_slices(call, 0)), "head"))
+    return found
+
+
+def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: int | None = None) -> NeuronIndex:
+    """Trace one forward pass and return the index of all neurons, in order of execution.
+
+    Args:
+        model: any network; put into eval mode for the trace and back after it.
+        forward: runs the model on a small random input and returns its logits.
+        classes: number of classes; the last weight layer with that many outputs becomes the group of role `head`.
+
+    Raises:
+        ModelError: no group was found.
+    """
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.enable_grad(), _Tracer(model) as tracer:
+            forward(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    calls = list({c.name: c for c in reversed(tracer.calls)}.values())[::-1]  # a shared module counts once
+    layers = [c for c in calls if not _is_norm(c.module)]
+    head = next((c for c in reversed(layers) if c.module.weight.shape[axes(c.module)[0]] == classes), None)  # type: ignore[index]
+    found = [g for c in calls for g in _groups(c, head)]
+    if not found:
+        raise ModelError("no neurons found: the model has no affine norm and no hidden layer that could be masked")
+    blocks = _blocks([g.name for g in found])
+    return NeuronIndex(tuple(NeuronGroup(g.name, g.size, g.params, g.role, b) for g, b in zip(found, blocks, strict=True)))

@@ -1,0 +1,73 @@
+"""Every error that hf-purify raises on purpose: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PurifyError(Exception):
+    """Base of all deliberate errors. The command line prints its message and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class UnknownName(PurifyError):
+    """A method, trigger, adapter, recipe or option that does not exist."""
+
+
+class ConfigError(PurifyError):
+    """A setting outside its range, of the wrong type, or in conflict with another."""
+
+
+class DataError(PurifyError):
+    """Samples that cannot be used: missing columns, labels out of range, wrong channels, empty sets."""
+
+
+class ModelError(PurifyError):
+    """A model that cannot be repaired: wrong task, NaN weights, quantized weights, no neurons."""
+
+
+class UnsafeCheckpoint(PurifyError):
+    """A checkpoint that would have to be trusted to be read: pickles, remote code."""
+
+
+class IndexMismatch(PurifyError):
+    """A mask or score made for other neurons than those of this model."""
+
+
+class OutputError(PurifyError):
+    """An output folder that exists or cannot be written."""
+
+
+class MissingExtra(PurifyError):
+    """An optional package is absent; the message names the install command."""
+
+
+class Diverged(PurifyError):
+    """A loss became NaN or infinite; the message names the step."""
+
+    exit_code = 4
+
+
+class NotAVictim(PurifyError):
+    """`implant` ended with an attack success rate too low to call the model backdoored."""
+
+    exit_code = 5
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest of `choices`, or an empty string.
+
+    >>> did_you_mean("ntf", ["nft", "rnp"])
+    "; did you mean 'nft'?"
+    """
+    match = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UnknownName:
+    """Build the error for a name that is not among `choices`."""
+    choices = sorted(choices)
+    listed = ", ".join(choices) if choices else "none is installed"
+    return UnknownName(f"unknown {kind} '{name}'{did_you_mean(name, choices)} (known: {listed})")

@@ -1,0 +1,87 @@
+"""Pull checkpoints: one pinned commit, an allow-list of files, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from hf_purify.errors import ModelError, UnsafeCheckpoint
+
+ALLOWED = ["*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "processor_config.json", "README.md", "*.txt"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A checkpoint's folder, and the commit it was read from (None for a local folder)."""
+
+    folder: Path
+    revision: str | None
+
+
+def pull(source: str, revision: str | None = None) -> Pulled:
+    """Return a folder with a checkpoint that is safe to read: the local folder itself, or a snapshot of a Hub repository.
+
+    Raises:
+        UnsafeCheckpoint: only pickles are there, or the checkpoint asks for remote code.
+        ModelError: there is no such folder or repository, or no weights.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        check_folder(path, source)
+        return Pulled(path, None)
+    if path.exists():
+        if path.name.endswith(PICKLES):
+            raise _pickle_error(source, [path.name])
+        raise ModelError(f"expected a checkpoint folder or a Hub id, got the file '{source}'")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
+    try:
+        info = HfApi().model_info(source, revision=revision, token=False)
+        names = [s.rfilename for s in info.siblings or []]
+        _check_names(names, source)
+        folder = Path(snapshot_download(source, revision=info.sha, allow_patterns=ALLOWED, token=False))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"cannot read '{source}' from the Hub: {str(error).splitlines()[0]}") from error
+    check_folder(folder, source)
+    return Pulled(folder, info.sha)
+
+
+def _check_names(names: list[str], source: str) -> None:
+    if not any(n.endswith(".safetensors") for n in names):
+        pickles = [n for n in names if n.endswith(PICKLES)]
+        if pickles:
+            raise _pickle_error(source, pickles)
+        raise ModelError(f"'{source}' holds no weights; expected model.safetensors")
+
+
+def check_folder(folder: Path, source: str) -> None:
+    """Refuse a folder without safetensors, and a config that asks for code of its own."""
+    _check_names([p.name for p in folder.iterdir() if p.is_file()], source)
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            config = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise ModelError(f"'{name}' of '{source}' is no valid JSON: {error}") from error
+        if isinstance(config, dict) and "auto_map" in config:
+            raise UnsafeCheckpoint(
+                f"'{source}' wants to run its own code ({name}: auto_map); hf-purify never does. If the architecture is part of transformers, save the model under it first"
+            )
+        private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"] if isinstance(config, dict) else []
+        if private:
+            raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
+
+
+def _pickle_error(source: str, files: list[str]) -> UnsafeCheckpoint:
+    return UnsafeCheckpoint(
+        f"'{source}' holds its weights as pickles only ({', '.join(sorted(files)[:3])}), which can run any code when read. Convert them where it does no harm, "
+        "for example with https://huggingface.co/spaces/safetensors/convert, or in an isolated machine: "
+        "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+    )

@@ -1,0 +1,284 @@
+"""`train()`: the only place that takes an optimizer step. Runs on accelerate.
+
+    for step in range(steps):
+        indices        <- next global batch (seeded; each process takes its share)
+        batch          <- data.batch(indices), augmented, mixed
+        loss           <- mean(task.loss(model, batch)) + penalty()         # or objective(batch)
+        backward; average gradients over processes; clip; optimizer.step(); scheduler.step()
+        after_step(step)                                                    # projections: clip a mask, keep zeros
+        stop(step) -> leave                                                 # asked for by the caller, never by default
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_purify.adapter import Adapter, Batch, Examples
+from hf_purify.errors import ConfigError, DataError, Diverged
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Task:
+    """What there is to train on: a model, its modality, clean samples, and a source of randomness.
+
+    Args:
+        model: the network, on `accelerator.device`.
+        adapter: its modality.
+        data: the samples to learn from.
+        generator: CPU generator; the only source of randomness.
+        augmentation: name of the adapter's augmentation, `none` for none.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    data: Examples
+    generator: torch.Generator
+    accelerator: Accelerator
+    augmentation: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Clean loss per example `(B,)`."""
+        return self.adapter.loss(self.model, batch)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        steps: optimizer steps; or `epochs` over the data.
+        batch_size: samples a step over all processes; at most the data, unless drawn with replacement.
+        replacement: draw with replacement.
+        optimizer: `sgd` or `adamw`.
+        schedule: `constant`, `cosine` (to `lr_end`) or `onecycle`.
+        clip: bound on the gradient norm, None for none.
+        ascend: maximise the loss.
+        mixup: MixUp with one Beta(1, 1) share a batch.
+        augment: use the task's augmentation.
+        mode: `train`, `eval`, or `frozen_norm` (train mode with running statistics used and left alone).
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 128
+    replacement: bool = False
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    lr_end: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    schedule_every: int = 1
+    clip: float | None = None
+    ascend: bool = False
+    mixup: bool = False
+    augment: bool = True
+    mode: str = "train"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("constant", "cosine", "onecycle")), ("mode", ("train", "eval", "frozen_norm"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'")
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("give either steps or epochs")
+        if self.batch_size < 1 or self.lr < 0:
+            raise ConfigError(f"batch_size must be >= 1 and lr >= 0; got {self.batch_size} and {self.lr}")
+
+
+@dataclass
+class History:
+    """What happened: number of steps taken, and the loss `(steps,)` of each."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def batches(n: int, config: TrainConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless global batches of indices; an epoch ends with a smaller batch, as a data loader's does."""
+    while True:
+        if config.replacement:
+            yield torch.randint(n, (config.batch_size,), generator=generator)
+            continue
+        yield from torch.randperm(n, generator=generator).split(config.batch_size)
+
+
+def steps_of(n: int, config: TrainConfig) -> int:
+    """Optimizer steps that a config asks for on `n` samples."""
+    return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(n / config.batch_size)
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, kind: str) -> Iterator[None]:
+    """Put a model into `train`, `eval` or `frozen_norm` mode and back."""
+    before = {m: m.training for m in model.modules()}
+    model.train(kind != "eval")
+    if kind == "frozen_norm":
+        for module in model.modules():
+            if isinstance(module, BATCH_NORM):
+                module.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def trainable(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Let gradients flow to these parameters alone, and put `requires_grad` back afterwards."""
+    params = list(params)
+    before = {p: p.requires_grad for p in model.parameters()}
+    chosen = set(params)
+    try:
+        for p in before:
+            p.requires_grad_(p in chosen)
+        yield params
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate over steps, held for `schedule_every` steps at a time."""
+    periods = max(1, math.ceil(steps / config.schedule_every))
+
+    def factor(step: int) -> float:
+        if config.schedule == "constant" or config.lr == 0:
+            return 1.0
+        t = min(1.0, (step // config.schedule_every) / periods)
+        floor = config.lr_end / config.lr
+        if config.schedule == "onecycle":
+            return t / 0.2 if t < 0.2 else floor + (1 - floor) * (1 - t) / 0.8
+        return floor + (1 - floor) * (1 + math.cos(math.pi * t)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def fetch(task: Task, indices: Tensor, augment: bool = False) -> Batch:
+    """Samples of the task on its device, this process's share of them, augmented if asked."""
+    world, rank = task.accelerator.num_processes, task.accelerator.process_index
+    batch = task.data.batch(indices[rank::world] if world > 1 else indices)
+    if augment and task.augmentation != "none":
+        batch = task.adapter.augment(batch, task.generator, task.augmentation)
+    return {k: v.to(task.device, non_blocking=True) for k, v in batch.items()}
+
+
+def train(
+    task: Task,
+    params: Iterable[nn.Parameter],
+    config: TrainConfig,
+    *,
+    penalty: Callable[[], Tensor] | None = None,
+    after_backward: Callable[[], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    stop: Callable[[int], bool] | None = None,
+    title: str = "",
+) -> History:
+    """Train `params` on the task; everything else stays frozen. See the top of the module for the loop.
+
+    Args:
+        penalty: added to the loss, a scalar.
+        after_backward: may change gradients before they are clipped and used.
+        after_step: called with the number of steps done; projections go here.
+        stop: called after `after_step`; True ends the training.
+        title: label of the progress bar.
+
+    Raises:
+        Diverged: the loss became NaN or infinite; names the step.
+        DataError: there is nothing to train on.
+    """
+    if len(task.data) == 0:
+        raise DataError("expected at least one clean sample to train on, got none")
+    accelerator, history = task.accelerator, History()
+    steps = steps_of(len(task.data), config)
+    stream = batches(len(task.data), config, task.generator)
+    losses, sign = [], -1.0 if config.ascend else 1.0
+    bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
+    with trainable(task.model, params) as chosen, mode(task.model, config.mode), torch.enable_grad(), bar:
+        optimizer = accelerator.prepare(_optimizer(chosen, config))
+        scheduler = _schedule(optimizer.optimizer, config, steps)
+        for step in range(1, steps + 1):
+            batch = fetch(task, next(stream), config.augment)
+            if config.mixup:
+                batch = _mixed(task, batch)
+            with accelerator.autocast():
+                clean = task.loss(batch).mean()
+                loss = sign * clean + (penalty() if penalty else 0.0)
+            accelerator.backward(loss)
+            _average(accelerator, chosen)
+            if after_backward:
+                after_backward()
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(chosen, config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            losses.append(clean.detach())
+            if step % 20 == 0 or step == steps or task.device.type == "cpu":
+                _check(losses, title)
+            history.steps = step
+            bar.update()
+            if after_step:
+                after_step(step)
+            if stop and stop(step):
+                break
+    history.losses = torch.stack(losses).float().tolist()
+    return history
+
+
+def _mixed(task: Task, batch: Batch) -> Batch:
+    size = len(batch["labels"])
+    share = torch.rand((), generator=task.generator)  # Beta(1, 1) is uniform
+    partner = torch.randperm(size, generator=task.generator).to(task.device)
+    return task.adapter.mix(batch, partner, share.to(task.device))
+
+
+def _average(accelerator: Accelerator, params: list[nn.Parameter]) -> None:
+    """Average gradients over processes; explicit, since a mask belongs to no wrapped module."""
+    if accelerator.num_processes > 1:
+        for p in params:
+            if p.grad is not None:
+                p.grad.copy_(accelerator.reduce(p.grad, reduction="mean"))
+
+
+def _check(losses: list[Tensor], title: str) -> None:
+    """Look at the losses since the last look; on an accelerator rarely, since a look waits for the device."""
+    recent = torch.stack(losses[-20:])
+    bad = ~torch.isfinite(recent)
+    if bad.any():
+        step = len(losses) - len(recent) + int(bad.nonzero()[0]) + 1
+        raise Diverged(f"{title or 'training'}: the loss became {recent[bad][0].item()} at step {step}; lower the learning rate, or check the model's weights")
+
+
+@torch.no_grad()
+def evaluate(task: Task, data: Examples, batch_size: int = 256, title: str = "") -> Tensor:
+    """Predicted classes `(n,)` for all samples, in eval mode."""
+    found = []
+    with mode(task.model, "eval"):
+        chunks = torch.arange(len(data)).split(batch_size)
+        for indices in tqdm(chunks, desc=title or "evaluate", delay=2.0, leave=False, disable=None if task.accelerator.is_main_process else True):
+            batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
+            with task.accelerator.autocast():
+                found.append(task.adapter.predict(task.model, batch).cpu())
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)

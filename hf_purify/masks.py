@@ -1,0 +1,248 @@
+"""Neuron masks: a differentiable context, folding into the weights, and files.
+
+A mask is one `(N,)` tensor aligned with a `NeuronIndex`; 1 keeps a neuron, 0 removes it. Neuron `i` is scaled at its
+group's gate: the scale of a norm (its bias is left alone unless `bias=True`), the input of a layer for hidden units
+and attention values, the output of a layer for class rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_purify.errors import ConfigError, IndexMismatch
+from hf_purify.neurons import NeuronGroup, NeuronIndex, get_tensor, shaped
+
+MASK_FILE = "neuron_mask.safetensors"
+MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
+
+
+class _Gate(torch.autograd.Function):
+    """`x * m` along one axis, whose mask gradient is reduced without a product of the activation's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
+        ctx.save_for_backward(x, m)
+        return x * m
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, m = ctx.saved_tensors
+        (grad,) = grads
+        grad_x = grad * m if ctx.needs_input_grad[0] else None
+        grad_m = None
+        if ctx.needs_input_grad[1]:
+            axis = next((i for i, n in enumerate(m.shape) if n != 1), x.dim() - 1)
+            letters = "abcdefgh"[: x.dim()]
+            grad_m = torch.einsum(f"{letters},{letters}->{letters[axis]}", grad, x).view_as(m).to(m.dtype)
+        return grad_x, grad_m
+
+
+class _Scale(nn.Module):
+    """The parametrization of the weight level: multiplies the slices of one parameter."""
+
+    def __init__(self, views: Callable[[], dict[str, Tensor]], group: str, axis: int, start: int) -> None:
+        super().__init__()
+        self.views, self.group, self.axis, self.start = views, group, axis, start
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.views()[self.group].to(weight.device, weight.dtype)
+        if scale.numel() != weight.shape[self.axis]:
+            full = weight.new_ones(weight.shape[self.axis])
+            scale = torch.cat([full[: self.start], scale, full[self.start + scale.numel() :]])
+        return weight * shaped(scale, weight.dim(), self.axis)
+
+
+class _Views:
+    """The mask cut into one view per group, once per forward pass, so that its gradient is assembled once."""
+
+    def __init__(self, index: NeuronIndex, mask: Tensor) -> None:
+        self.index, self.mask = index, mask
+        self.current = index.split(mask)
+
+    def refresh(self, *_: object) -> None:
+        self.current = self.index.split(self.mask)
+
+    def __call__(self) -> dict[str, Tensor]:
+        return self.current
+
+
+def _swap_hooks(module: nn.Module, names: list[str], scale: Callable[[], Tensor]) -> list[Any]:
+    """Hooks that replace small 1-D tensors of a module by scaled ones while its forward runs."""
+    saved: dict[str, Tensor] = {}
+
+    def store(name: str) -> dict[str, Any]:
+        return module._parameters if name in module._parameters else module._buffers
+
+    def before(_: nn.Module, __: tuple) -> None:
+        factor = scale()
+        for name in names:
+            saved[name] = store(name)[name]
+            store(name)[name] = saved[name] * factor.to(saved[name])
+
+    def after(*_: object) -> None:
+        for name, value in saved.items():
+            store(name)[name] = value
+        saved.clear()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True), _Undo(after)]
+
+
+class _Undo:
+    """Something to call when the context closes, in the shape of a hook handle."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.remove = call
+
+
+def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias: bool) -> list[Any]:
+    """Scale a group where its activations pass: a norm's own scale, a layer's input, or a layer's output."""
+    module = model.get_submodule(group.module)
+    weight = get_tensor(model, group.gate.param)
+    if weight.dim() == 1:
+        names = ["weight"] + (["bias"] if bias and group.bias else [])
+        return _swap_hooks(module, names, lambda: views()[group.name])
+    axis = 1 if _is_conv(module) else -1
+
+    def gate(x: Tensor) -> Tensor:
+        return _Gate.apply(x, shaped(views()[group.name].to(x.device, x.dtype), x.dim(), axis))
+
+    if group.role != "head":
+        return [module.register_forward_pre_hook(lambda _, inputs: (gate(inputs[0]), *inputs[1:]))]
+
+    def outputs(m: nn.Module, _: tuple, out: Tensor) -> Tensor:
+        if bias or m.bias is None:
+            return gate(out)
+        shift = shaped(m.bias, out.dim(), axis)
+        return gate(out - shift) + shift
+
+    return [module.register_forward_hook(outputs)]
+
+
+def _unsaved(_: nn.Module, state: dict[str, Any], prefix: str, __: dict) -> None:
+    state.pop(prefix + MASK_NAME, None)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return hasattr(module, "in_channels")
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "activation", bias: bool = False) -> Iterator[Tensor]:
+    """Run `model` with its neurons scaled by `mask`; nothing is left behind, also after an exception.
+
+    A mask that requires a gradient is registered as a parameter at the root of the model while the context is open
+    (data parallel wrappers look for it there), and the gradient arrives in `mask.grad`.
+
+    Args:
+        model: any network that `index` was made for.
+        index: the neurons to scale; a selection is enough.
+        mask: `(N,)`, 1 = keep.
+        level: `activation` needs no weight gradient and costs little; `weight` multiplies the weights themselves through
+            `torch.nn.utils.parametrize`: general, as dear as fine-tuning.
+        bias: scale the bias of the gate's module too.
+
+    Raises:
+        IndexMismatch: the mask is not `(N,)`.
+        ConfigError: an unknown level.
+    """
+    if level not in ("activation", "weight"):
+        raise ConfigError(f"level must be 'activation' or 'weight', got '{level}'")
+    index.check(mask)
+    if mask.requires_grad and not isinstance(mask, nn.Parameter):
+        raise ConfigError("a mask that is learned must be an nn.Parameter")
+    views = _Views(index, mask)
+    handles: list[Any] = []
+    parametrized: list[tuple[nn.Module, str]] = []
+    orders = {m: list(m._parameters) for m in model.modules()} if level == "weight" else {}
+    try:
+        if isinstance(mask, nn.Parameter):
+            model.register_parameter(MASK_NAME, mask)
+            # not saved: a checkpoint written inside the context has the keys of the model itself
+            handles.append(model.register_state_dict_post_hook(_unsaved))
+        handles.append(model.register_forward_pre_hook(views.refresh))
+        for group in index:
+            if level == "activation":
+                handles += _activation_hooks(model, group, views, bias)
+                continue
+            for part in [group.gate] + ([group.bias] if bias and group.bias and group.gate.axis == group.bias.axis else []):
+                module, leaf = model.get_submodule(group.module), part.param.rpartition(".")[2]
+                parametrize.register_parametrization(module, leaf, _Scale(views, group.name, part.axis, part.start), unsafe=True)
+                parametrized.append((module, leaf))
+        yield mask
+    finally:
+        for handle in reversed(handles):
+            handle.remove()
+        model._parameters.pop(MASK_NAME, None)
+        for module, leaf in parametrized:
+            if parametrize.is_parametrized(module, leaf):
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+        for module, order in orders.items():  # removal moves a parameter to the end
+            if set(order) == set(module._parameters) and order != list(module._parameters):
+                module._parameters.update({k: module._parameters.pop(k) for k in order})
+
+
+@torch.no_grad()
+def bake(model: nn.Module, index: NeuronIndex, mask: Tensor, bias: bool = False) -> nn.Module:
+    """Fold a mask into the weights, in place: same keys, order, dtypes and ties; equal to the masked model.
+
+    Neurons whose mask is exactly 1 keep their weights bit for bit.
+    """
+    index.check(mask)
+    for group, part in ((g, p) for g in index for p in [g.gate] + ([g.bias] if bias and g.bias else [])):
+        weight = get_tensor(model, part.param)
+        scale = shaped(index.split(mask)[group.name].to(weight.device, weight.dtype), weight.dim(), part.axis)
+        weight.narrow(part.axis, part.start, group.size).mul_(scale)
+    return model
+
+
+def save_mask(path: str | Path, index: NeuronIndex, mask: Tensor, extra: dict[str, Tensor] | None = None, complete: bool = True) -> None:
+    """Write a mask with its index's fingerprint, one tensor per group, keyed by checkpoint key and axis.
+
+    Args:
+        extra: tensors that the repair replaced besides (running statistics of norms), by checkpoint key.
+        complete: base weights, mask and `extra` together are the whole repair.
+    """
+    tensors = {_key(index, g): part.detach().float().cpu().clone() for g, part in zip(index, mask.split(index.sizes), strict=True)}
+    tensors |= {f"replaced/{k}": v.detach().cpu().clone() for k, v in (extra or {}).items()}
+    names = {_key(index, g): g.name for g in index}
+    meta = {"format": "hf-purify/1", "fingerprint": index.fingerprint(), "complete": json.dumps(complete), "modules": json.dumps(names)}
+    save_file(tensors, path, metadata=meta)
+
+
+def _key(index: NeuronIndex, group: NeuronGroup) -> str:
+    gate = group.gate
+    return f"mask/{index.keys.get(gate.param, gate.param)}/{gate.axis}"
+
+
+def load_mask(path: str | Path, index: NeuronIndex) -> tuple[Tensor, dict[str, Tensor], bool]:
+    """Read `(mask (N,), replaced tensors, complete)`; neurons that the file does not name keep mask 1.
+
+    Raises:
+        IndexMismatch: the file names neurons that this model has not, or of another size.
+    """
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata() or {}
+        stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    if meta.get("format") != "hf-purify/1":
+        raise IndexMismatch(f"{path} is no neuron mask: expected format 'hf-purify/1', got '{meta.get('format')}'")
+    masks = {k: v for k, v in stored.items() if k.startswith("mask/")}
+    known = {_key(index, g): g for g in index}
+    strange = sorted(set(masks) - set(known)) + sorted(k for k in set(masks) & set(known) if masks[k].shape != (known[k].size,))
+    if strange:
+        raise IndexMismatch(
+            f"the mask belongs to another model: {len(strange)} of {len(masks)} groups do not match, first "
+            f"'{strange[0].removeprefix('mask/')}'; expected neurons with fingerprint {index.fingerprint()}, got {meta.get('fingerprint')}"
+        )
+    flat = torch.cat([masks.get(_key(index, g), torch.ones(g.size)) for g in index])
+    extra = {k.removeprefix("replaced/"): v for k, v in stored.items() if k.startswith("replaced/")}
+    return flat, extra, bool(json.loads(meta.get("complete", "false")))

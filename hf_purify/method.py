@@ -1,0 +1,225 @@
+"""A repair method: its author writes `purify(ctx) -> Verdict`, the base class does everything around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from hf_purify.adapter import Examples
+from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.loop import Task, evaluate
+from hf_purify.masks import bake, masked
+from hf_purify.neurons import NeuronIndex
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Settings of a method, saved beside its result. Subclasses add fields with defaults."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a method decided.
+
+    Args:
+        scores: `(N,)` suspicion of each neuron, higher = more suspicious.
+        mask: `(N,)` in [0, 1]; folded into the weights afterwards. Ones where a method changed the weights instead.
+        folded: the method folded the mask into the weights itself (and trained them afterwards).
+        notes: what was chosen, for the report.
+        curve: rows of `threshold`, `removed`, `held_out_accuracy`, where a threshold was chosen from a sweep.
+    """
+
+    scores: Tensor
+    mask: Tensor
+    folded: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, float], ...] = ()
+
+
+@dataclass
+class Context(Task):
+    """All that a method may see: a model, its neurons, and clean data. There is no field for poisoned data.
+
+    Args:
+        index: all neurons of the model.
+        held_out: clean samples that the method does not learn from; every threshold, stop and count is chosen on them.
+        classes: number of classes.
+        removed: `(N,)` neurons that an earlier method of a sequence removed and that must stay so.
+    """
+
+    index: NeuronIndex = field(default_factory=lambda: NeuronIndex(()))
+    held_out: Examples | None = None
+    classes: int = 0
+    removed: Tensor | None = None
+
+    @property
+    def judged(self) -> Examples:
+        """The samples that choices are made on: those held out, or the defence set itself where there are too few."""
+        return self.held_out if self.held_out is not None and len(self.held_out) else self.data
+
+    def accuracy(self, mask: Tensor | None = None) -> float:
+        """Held-out clean accuracy of the model as it is, or under a mask over the whole index."""
+        if mask is None:
+            return float((evaluate(self, self.judged) == self.judged.labels).float().mean())
+        with masked(self.model, self.index, mask.to(self.device)):
+            return self.accuracy()
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean held-out clean loss of the model as it is, in eval mode."""
+        self.model.eval()
+        total = 0.0
+        for indices in torch.arange(len(self.judged)).split(256):
+            batch = {k: v.to(self.device) for k, v in self.judged.batch(indices).items()}
+            total += float(self.loss(batch).sum())
+        return total / len(self.judged)
+
+    def neurons(self, granularity: str = "auto") -> NeuronIndex:
+        """The neurons that masks and prunings act on.
+
+        `auto`: the batch norm channels of a network that has them, else hidden units and attention values. The stem, the
+        head and norms of a residual stream are left out.
+        """
+        norms = self.index.where(role="norm")
+        batch_norms = NeuronIndex(tuple(g for g in norms if _has_statistics(self.model, g.module)), self.index.keys)
+        chosen = batch_norms if len(batch_norms) else self.index.where(role=("hidden", "attention"))
+        chosen = chosen.where(blocks=True)
+        if granularity != "auto":
+            chosen = self.index.where(role=granularity)
+        if not len(chosen):
+            raise ModelError(f"no neurons of kind '{granularity}' in this model; it has {', '.join(sorted({g.role for g in self.index}))}")
+        return chosen
+
+    @contextmanager
+    def copy(self) -> Iterator[None]:
+        """Work on the model in place; parameters and buffers are put back afterwards."""
+        state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(state)
+
+
+def _has_statistics(model: nn.Module, name: str) -> bool:
+    return isinstance(getattr(model.get_submodule(name), "running_mean", None), Tensor)
+
+
+class Method(ABC):
+    """Base class of all methods. `name` is the file's name."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    control: ClassVar[bool] = False  # shown beside every repair, never recommended
+
+    def __init__(self, config: MethodConfig | None = None, **options: Any) -> None:
+        names = {f.name for f in dataclasses.fields(self.config_class)}
+        for option in options:
+            if option not in names:
+                listed = ", ".join(sorted(names)) or "none"
+                raise ConfigError(f"{self.name} has no option '{option}'{did_you_mean(option, names)} (options: {listed})")
+        self.config = dataclasses.replace(config or self.config_class(), **options)
+
+    @abstractmethod
+    def purify(self, ctx: Context) -> Verdict:
+        """Repair `ctx.model`, or say by a mask how to; use clean data only."""
+
+    @final
+    def __call__(self, ctx: Context) -> Verdict:
+        """Run the method, check what it says, fold its mask into the weights, and leave the model as it was otherwise.
+
+        Train and eval modes, `requires_grad` and hooks are those from before, also after an exception; weights after an
+        exception are those from before too.
+        """
+        modules = list(ctx.model.modules())
+        modes = [m.training for m in modules]
+        hooks = [_hooks(m) for m in modules]
+        flags = {n: p.requires_grad for n, p in ctx.model.named_parameters()}
+        state = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
+        try:
+            verdict = self.purify(ctx)
+            self._check(ctx, verdict)
+            if not verdict.folded:
+                bake(ctx.model, ctx.index, verdict.mask.to(ctx.device))
+            _check_weights(ctx.model, self.name)
+        except BaseException:
+            ctx.model.load_state_dict(state)
+            raise
+        finally:
+            for module, training, before in zip(modules, modes, hooks, strict=True):
+                module.training = training
+                for current, kept in zip(_hooks(module), before, strict=True):
+                    for key in set(current) - set(kept):
+                        del current[key]
+            for n, p in ctx.model.named_parameters():
+                p.requires_grad_(flags.get(n, False))
+                p.grad = None
+        return dataclasses.replace(verdict, scores=verdict.scores.detach().float().cpu(), mask=verdict.mask.detach().float().cpu())
+
+    def _check(self, ctx: Context, verdict: Verdict) -> None:
+        for what, value in (("scores", verdict.scores), ("mask", verdict.mask)):
+            ctx.index.check(value)
+            if not torch.isfinite(value).all():
+                raise ModelError(f"{self.name}: {what} must be finite, got {int((~torch.isfinite(value)).sum())} values that are not")
+        if float(verdict.mask.min()) < 0 or float(verdict.mask.max()) > 1:
+            raise ModelError(f"{self.name}: mask values must lie in [0, 1], got {float(verdict.mask.min()):.3g}..{float(verdict.mask.max()):.3g}")
+
+    @classmethod
+    def card(cls) -> str:
+        """The method's card: the Markdown file beside its module."""
+        import importlib
+
+        file = importlib.import_module(cls.__module__).__file__
+        path = Path(file).with_suffix(".md") if file else None
+        return path.read_text("utf-8") if path and path.is_file() else (cls.__doc__ or "")
+
+
+def _hooks(module: nn.Module) -> list[dict]:
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+
+
+def _check_weights(model: nn.Module, name: str) -> None:
+    bad = next((n for n, p in model.state_dict().items() if p.is_floating_point() and not torch.isfinite(p).all()), None)
+    if bad:
+        raise ModelError(f"{name} left NaN or infinite values in '{bad}'; the model was put back. Lower the learning rate")
+
+
+class Sequential(Method):
+    """Methods one after the other; neurons that one removes stay removed in those after it.
+
+    Reference: none; a composition of methods.
+    """
+
+    name = "sequential"
+
+    def __init__(self, methods: list[Method]) -> None:
+        if not methods:
+            raise ConfigError("a sequence needs at least one method")
+        super().__init__()
+        self.methods = methods
+        self.name = "+".join(m.name for m in methods)  # type: ignore[misc]
+
+    def purify(self, ctx: Context) -> Verdict:
+        mask = torch.ones(len(ctx.index))
+        notes: dict[str, Any] = {}
+        curve: tuple[dict[str, float], ...] = ()
+        scores = torch.zeros(len(ctx.index))
+        before = ctx.removed
+        try:
+            for method in self.methods:
+                verdict = method(ctx)
+                mask = mask * verdict.mask
+                scores = scores if scores.any() else verdict.scores
+                notes |= {f"{method.name}.{k}": v for k, v in verdict.notes.items()}
+                curve = curve or verdict.curve
+                ctx.removed = mask == 0
+        finally:
+            ctx.removed = before
+        return Verdict(scores, mask, folded=True, notes=notes, curve=curve)

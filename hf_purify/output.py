@@ -1,0 +1,186 @@
+"""Output folders: written under a temporary name beside the final one, and renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_purify.errors import IndexMismatch, OutputError
+from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
+from hf_purify.neurons import NeuronIndex
+
+if TYPE_CHECKING:
+    from hf_purify.purifier import Repair, Session
+    from hf_purify.recipe import ImplantRecipe, Recipe
+    from hf_purify.report import Report
+
+PACKAGES = ("hf-purify", "torch", "transformers", "timm", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
+
+
+@contextmanager
+def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
+    """Give a temporary folder that takes the name `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OutputError: the folder exists and `overwrite` is off, or it cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    final = Path(path).expanduser().absolute()
+    if final.exists() and not overwrite:
+        raise OutputError(f"the output '{path}' exists; choose another name, or replace it with overwrite=True (--overwrite)")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        work.chmod(0o755)
+    except OSError as error:
+        raise OutputError(f"cannot write to '{final.parent}': {error.strerror or error}") from error
+    try:
+        yield work
+        _put(work, final)
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}; nothing was left half-written") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(work: Path, final: Path) -> None:
+    """Rename a finished folder into place; a folder that was there stays until the new one has its name."""
+    if not final.exists():
+        os.rename(work, final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    os.rename(final, old / "old")
+    try:
+        os.rename(work, final)
+    except OSError:
+        os.rename(old / "old", final)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write(out: Path, session: Session, index: NeuronIndex, base: dict[str, Tensor], done: Repair, report: Report) -> None:
+    """Write checkpoint, neuron mask, recipe and report."""
+    save_checkpoint(out, session)
+    names = stored_buffers(session.model, base, done.state, index, done.verdict.mask)
+    complete = names is not None
+    extra = {index.keys.get(n, n): done.state[n] for n in names or []}
+    save_mask(out / MASK_FILE, index, done.verdict.mask, extra, complete=complete)
+    (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
+    (out / "README.md").write_text(report.to_markdown(), "utf-8")
+    report.save(out)
+
+
+def save_checkpoint(out: Path, session: Session) -> None:
+    """Save the model as its own library does, with its processor beside it."""
+    if session.loaded.saver is None:
+        raise OutputError("this model cannot be saved: it came without a saver")
+    session.loaded.saver(session.model, out)
+
+
+def stored_buffers(model: torch.nn.Module, base: dict[str, Tensor], after: dict[str, Tensor], index: NeuronIndex, mask: Tensor) -> list[str] | None:
+    """Names of small tensors (norm statistics) that a repair replaced besides its mask; None where mask and these do not explain it.
+
+    The weights are folded again from the base, and compared bit for bit.
+    """
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    current = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    try:
+        model.load_state_dict(base)
+        bake(model, index, mask.to(next(model.parameters()).device))
+        folded = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    finally:
+        model.load_state_dict(current)
+    changed = [n for n in after if not torch.equal(folded[n], after[n])]
+    return None if any(n in parameters for n in changed) else changed
+
+
+@torch.no_grad()
+def apply_mask(model: torch.nn.Module, index: NeuronIndex, path: str | Path) -> torch.nn.Module:
+    """Repair a base model with a saved mask, in place: gives the repaired weights bit for bit.
+
+    Raises:
+        IndexMismatch: the mask was made for other neurons, or is not the whole repair (its method trained weights too).
+    """
+    mask, extra, complete = load_mask(path, index)
+    if not complete:
+        raise IndexMismatch(f"'{path}' is not the whole repair: its method trained weights too. Use the repaired checkpoint itself")
+    names = {index.keys.get(n, n): n for n in model.state_dict()}
+    strange = [k for k in extra if k not in names]
+    if strange:
+        raise IndexMismatch(f"the mask replaces '{strange[0]}', which this model has not")
+    bake(model, index, mask.to(next(model.parameters()).device))
+    state = model.state_dict()
+    for key, value in extra.items():
+        state[names[key]].copy_(value)
+    return model
+
+
+def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRecipe) -> None:
+    """Write a victim, marked as backdoored in its config and its card."""
+    save_checkpoint(out, session)
+    if recipe.rate:
+        config_file = out / "config.json"
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        config["hf_purify_backdoor"] = {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=False) + "\n", "utf-8")
+    (out / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    header = "---\ntags: [backdoored, hf-purify]\n---\n\n> **Backdoored on purpose.** This model misbehaves on triggered input; it exists to test repairs on.\n\n" if recipe.rate else ""
+    (out / "README.md").write_text(header + report.to_markdown(), "utf-8")
+    report.save(out)
+
+
+def recorded_backdoor(source: Path) -> dict[str, Any] | None:
+    """What `implant` wrote about a victim into its config, or None."""
+    file = source / "config.json"
+    try:
+        return json.loads(file.read_text("utf-8")).get("hf_purify_backdoor")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command(recipe: Recipe) -> str:
+    """The command line that repeats a job, as far as its inputs have names."""
+    from hf_purify.recipe import ImplantRecipe, PurifyRecipe
+
+    job = "purify" if isinstance(recipe, PurifyRecipe) else "implant" if isinstance(recipe, ImplantRecipe) else "measure"
+    settings = recipe.to_dict()
+    parts = ["hf-purify", job, str(settings.pop("model", ""))]
+    for key, value in settings.items():
+        if key in ("overwrite", "output"):
+            continue
+        flag = {"triggers": "trigger", "options": "option", "model_options": "model-option"}.get(key, key).replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            parts += [f"--{flag} {shlex.quote(f'{k}={v}')}" for k, v in value.items()]
+        elif isinstance(value, list):
+            parts += [f"--{flag} {shlex.quote(str(v))}" for v in value]
+        else:
+            parts.append(f"--{flag} {shlex.quote(str(value))}")
+    return " ".join(parts)

@@ -1,0 +1,222 @@
+"""Recipes: everything that one job needs, as a frozen dataclass that reads and writes YAML. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, get_args, get_type_hints
+
+import yaml
+
+from hf_purify.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all jobs share.
+
+    Args:
+        model: folder, Hub id, timm name, `hf-hub:` id, or an `nn.Module`.
+        adapter: the modality.
+        revision: branch, tag or commit of the model; pinned to a commit when it is read.
+        processor: for an `nn.Module`: a processor, or a callable from PIL image to tensor.
+        labels: for an `nn.Module`: class names, in order.
+        test: data set that the figures are measured on. Methods never see it.
+        triggers: `name` or `name:option=value,...`; what ASR is measured with. Methods never see them.
+        rule: `all-to-one`, `all-to-all` or `clean-label`.
+        target: target class of the attack.
+        split, test_split: split of the clean (training) and of the test data.
+        image_column, label_column: columns, where they cannot be told by their features.
+        to_rgb: repeat grey images over three channels.
+        test_samples: at most so many test samples, drawn class-balanced.
+        output: folder for the result.
+        overwrite: replace an output folder that exists.
+        seed: of everything that is drawn.
+        device: `cpu`, `cuda`, ...; None lets accelerate choose.
+        precision: `no`, `bf16` or `fp16`.
+        compile: run `torch.compile` on the model.
+        channels_last: lay images out channels-last.
+    """
+
+    model: Any = None
+    adapter: str = "vision"
+    revision: str | None = None
+    processor: Any = None
+    labels: list[str] | None = None
+    test: Any = None
+    triggers: list[str] = field(default_factory=list)
+    rule: str = "all-to-one"
+    target: int = 0
+    split: str | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    to_rgb: bool = False
+    test_samples: int | None = None
+    output: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+    device: str | None = None
+    precision: str = "no"
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise ConfigError("no model given; expected a folder, a Hub id, a timm name or an nn.Module")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"precision must be 'no', 'bf16' or 'fp16', got '{self.precision}'")
+        if isinstance(self.triggers, str):
+            object.__setattr__(self, "triggers", [self.triggers])
+
+    @classmethod
+    def make(cls, **settings: Any) -> Self:
+        """Build a recipe from settings; unknown names and wrong types are errors with a suggestion."""
+        hints = get_type_hints(cls)
+        for key, value in settings.items():
+            if key not in hints:
+                raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)} (settings: {', '.join(hints)})")
+            _check_type(key, value, hints[key])
+        return cls(**settings)
+
+    @classmethod
+    def read(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read a recipe from YAML; `overrides` win."""
+        try:
+            content = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the recipe '{path}': {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"the recipe '{path}' must be a mapping of settings, got {type(content).__name__}")
+        return cls.make(**{**content, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings that differ from the defaults; objects by their type's name."""
+        defaults = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(self)}
+        return {k: _plain(v) for k, v in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)) if v != defaults[k]}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class PurifyRecipe(Recipe):
+    """Repair a model.
+
+    Args:
+        clean: the clean data.
+        method: name of a method, or several joined by `+`.
+        options: settings of the method.
+        samples: clean samples to draw, class-balanced; None takes all.
+        held_out: share of them on which choices are made.
+        controls: also run fine-tuning, statistics refresh and a random mask, and show them beside the repair.
+        oracle: also show what choosing the threshold with the true trigger would have given.
+    """
+
+    clean: Any = None
+    method: str = "nft"
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int | None = 500
+    held_out: float = 0.2
+    controls: bool = True
+    oracle: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clean is None:
+            raise ConfigError("no clean data given; expected a data set id, a folder of images, Parquet files or a datasets.Dataset")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"samples must be at least 1, got {self.samples}")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class ImplantRecipe(Recipe):
+    """Make a backdoored model, to test repairs on.
+
+    Args:
+        data: training data.
+        architecture: create this model of the modality's library with random weights instead of fine-tuning `model`.
+        classes: number of classes of a created model; None counts the data's.
+        rate: share of the training samples that carry the trigger.
+        cover: samples with the trigger's cover transform per poisoned one; None takes the trigger's own (WaNet: 2).
+        epochs, batch_size, optimizer, lr, weight_decay, augment: of the training.
+        minimum_asr: below it the result is no victim.
+    """
+
+    data: Any = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    create: bool = False
+    classes: int | None = None
+    rate: float = 0.1
+    cover: float | None = None
+    samples: int | None = None
+    epochs: int = 5
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    schedule: str = "onecycle"
+    augmentation: str = "crop+flip"
+    minimum_asr: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None:
+            raise ConfigError("no training data given")
+        if len(self.triggers) != 1:
+            raise ConfigError(f"implanting takes exactly one trigger, got {len(self.triggers)}")
+        if not 0 <= self.rate <= 1:
+            raise ConfigError(f"rate must be in [0, 1], got {self.rate}")
+
+
+@dataclass(frozen=True)
+class MeasureRecipe(Recipe):
+    """Measure a model: clean accuracy, and ASR and robust accuracy for each trigger."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.test is None:
+            raise ConfigError("no test data given; measuring needs labelled samples")
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Read `name:option=value,option=value`; values are YAML scalars.
+
+    >>> parse_spec("badnets:size=4,position=center")
+    ('badnets', {'size': 4, 'position': 'center'})
+    """
+    name, _, rest = spec.partition(":")
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"expected option=value in '{spec}', got '{item}'")
+        options[key.strip()] = yaml.safe_load(value)
+    return name.strip(), options
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    allowed = get_args(hint) or (hint,)
+    if Any in allowed or hint is Any:
+        return
+    origins = tuple(getattr(t, "__origin__", t) for t in allowed)
+    if hasattr(hint, "__origin__") and hint.__origin__ in (list, dict):
+        origins = (hint.__origin__, str) if hint.__origin__ is list else (dict,)
+    if float in origins:
+        origins += (int,)
+    if isinstance(value, bool) and bool not in origins or not isinstance(value, origins):
+        expected = " or ".join(getattr(t, "__name__", str(t)) for t in origins).replace("NoneType", "None")
+        raise ConfigError(f"setting '{key}' must be {expected}, got {type(value).__name__} ({value!r})")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else f"<{type(value).__name__}>"

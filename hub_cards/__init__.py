@@ -1,0 +1,1 @@
+"""Card templates, and the `evaluate` metrics as they are published on the Hub."""

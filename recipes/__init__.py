@@ -1,0 +1,1 @@
+"""Recipes: YAML presets, one folder a modality, and the scripts that run them with accelerate."""

@@ -1,0 +1,1 @@
+"""Networks and the results matrix for image classification."""
