@@ -13,6 +13,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from hf_purify.errors import ConfigError
+
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion (E. B. Wilson, JASA 1927).
@@ -54,13 +56,22 @@ class Proportion:
         return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (n={self.n})"
 
 
+def _aligned(*values: Tensor) -> list[Tensor]:
+    """The values as tensors, all of one shape `(n,)`."""
+    tensors = [torch.as_tensor(v) for v in values]
+    if any(t.dim() != 1 or t.shape != tensors[0].shape for t in tensors):
+        raise ConfigError(f"expected one value per sample, all of the same length; got shapes {', '.join(str(tuple(t.shape)) for t in tensors)}")
+    return tensors
+
+
 def _count(hits: Tensor) -> Proportion:
     return Proportion(int(hits.sum()), int(hits.numel()))
 
 
 def clean_accuracy(predictions: Tensor, labels: Tensor) -> Proportion:
     """Share of clean samples `(n,)` classified as labelled."""
-    return _count(torch.as_tensor(predictions) == torch.as_tensor(labels))
+    predictions, labels = _aligned(predictions, labels)
+    return _count(predictions == labels)
 
 
 def attack_success_rate(predictions: Tensor, labels: Tensor, targets: Tensor) -> Proportion:
@@ -71,14 +82,14 @@ def attack_success_rate(predictions: Tensor, labels: Tensor, targets: Tensor) ->
         labels: `(n,)` their true classes.
         targets: `(n,)` the class that the attacker wants for each.
     """
-    predictions, labels, targets = (torch.as_tensor(t) for t in (predictions, labels, targets))
+    predictions, labels, targets = _aligned(predictions, labels, targets)
     other = labels != targets
     return _count(predictions[other] == targets[other])
 
 
 def robust_accuracy(predictions: Tensor, labels: Tensor, targets: Tensor) -> Proportion:
     """Share of triggered samples of other classes that are classified as their true class."""
-    predictions, labels, targets = (torch.as_tensor(t) for t in (predictions, labels, targets))
+    predictions, labels, targets = _aligned(predictions, labels, targets)
     other = labels != targets
     return _count(predictions[other] == labels[other])
 
@@ -91,6 +102,9 @@ def defense_effectiveness_rating(asr_before: float, asr_after: float, acc_before
     >>> round(defense_effectiveness_rating(1.0, 0.02, 0.93, 0.91), 3)
     0.98
     """
+    figures = (asr_before, asr_after, acc_before, acc_after)
+    if any(f < 0 or f > 1 for f in figures):
+        raise ConfigError(f"expected shares in 0..1, got {figures}; divide percentages by 100")
     return (max(0.0, asr_before - asr_after) - max(0.0, acc_before - acc_after) + 1) / 2
 
 
@@ -101,7 +115,8 @@ def mcnemar(first: Tensor, second: Tensor, labels: Tensor) -> float:
         first, second: `(n,)` predictions of the two models.
         labels: `(n,)` true classes.
     """
-    right = [torch.as_tensor(p) == torch.as_tensor(labels) for p in (first, second)]
+    first, second, labels = _aligned(first, second, labels)
+    right = [p == labels for p in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
     if only_first + only_second == 0:
         return 1.0

@@ -6,8 +6,9 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,8 +18,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_purify.report import NeuronLayer, Row, Sample
 
 WIDTH = 10.0
@@ -88,7 +87,7 @@ def samples_figure(samples: Sequence[Sample], dark: bool = False) -> bytes:
     cell, lines = (WIDTH / columns, edge + 1.0), math.ceil(len(samples) / columns)
     width, height = WIDTH, lines * cell[1] + 0.35
     letters = int((edge - 0.5) / 0.06)
-    figure = _figure(width, height, theme, layout="none")
+    figure = _figure(width, height, theme, layout=None)
 
     def write(x: float, y: float, text: str, color: str, **style: Any) -> None:
         figure.text(x / width, 1 - y / height, text, color=color, va="top", **style)
@@ -103,7 +102,7 @@ def samples_figure(samples: Sequence[Sample], dark: bool = False) -> bytes:
         for x, (picture, name, before, after) in zip((left, left + edge + gap), pairs, strict=True):
             write(x, top + 0.2, short(name, 19), theme.muted, fontsize=8.5)
             box = (x / width, 1 - (top + 0.38 + edge) / height, edge / width, edge / height)
-            _show(figure.add_axes(box), picture)
+            _show(figure.add_axes(box), np.asarray(picture))
             for y, when, prediction in ((0.44, "before", before), (0.61, "after", after)):
                 sign, color = _sign(prediction, sample, theme)
                 write(x, top + edge + y, when, theme.muted, fontsize=8)
@@ -135,7 +134,7 @@ def curve_figure(curve: Sequence[dict[str, Any]], chosen: float | None = None, d
         asr = [100 * _value(p, "asr_oracle") for p in points]
         label = "ASR (oracle, not used for the choice)"
         ax.plot(x, asr, color=theme.attack, marker=marker, markersize=4, linestyle="--", clip_on=False, label=label)
-    if chosen is not None:
+    if chosen is not None and math.isfinite(chosen):
         ax.axvline(chosen, color=theme.ink, linewidth=1.3, linestyle=":", label=f"chosen: {chosen:g}")
     ax.set(ylim=(0, 104), xlabel="threshold")
     ax.set_ylabel("held-out accuracy", color=theme.ink)
@@ -153,7 +152,7 @@ def mask_figure(layers: Sequence[NeuronLayer], dark: bool = False) -> bytes:
     legend, ax = figure.subplots(2, 1, height_ratios=(0.11, 0.21 * len(layers)))
     _style(ax, theme)
     for y, layer in enumerate(layers):
-        strip = [layer.mask or [layer.mean_mask]]
+        strip = np.array([layer.mask or [1.0]], dtype=float)
         shown = ax.imshow(strip, cmap=colors, vmin=0, vmax=1, aspect="auto", extent=(0, 1, y + 0.44, y - 0.44), interpolation="nearest")
         style = {"color": theme.ink, "fontweight": "bold"} if layer.removed else {"color": theme.muted}
         ax.text(1.01, y, f"{layer.removed} of {layer.size}", va="center", fontsize=8.5, **style)
@@ -195,7 +194,7 @@ def short(text: Any, most: int, tail: int = 0) -> str:
     return line if len(line) <= most else f"{line[: most - tail - 1].rstrip()}…{line[len(line) - tail :]}"
 
 
-def _figure(width: float, height: float, theme: Theme, layout: str = "constrained") -> Figure:
+def _figure(width: float, height: float, theme: Theme, layout: Literal["constrained"] | None = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), facecolor=theme.paper, layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -227,7 +226,7 @@ def _scale(ax: Axes, scores: Sequence[float]) -> None:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _show(ax: Axes, picture: np.ndarray | None) -> None:
+def _show(ax: Axes, picture: np.ndarray) -> None:
     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
     ax.set_anchor("NW")
     ax.set_axis_off()

@@ -362,7 +362,7 @@ def make_report(
     report = Report(
         title=title or f"{method.name} on {session.loaded.source}",
         task=session.adapter.task,
-        model=describe_model(session),
+        checkpoint=describe_model(session),
         clean=describe_clean(session, clean, ctx),
         method={"name": method.name, "config": method_config(method)},
         rows=rows,
@@ -436,7 +436,7 @@ def run_measure(recipe: MeasureRecipe) -> Report:
         report = Report(
             title=f"{session.loaded.source}, measured",
             task=session.adapter.task,
-            model=describe_model(session),
+            checkpoint=describe_model(session),
             clean={},
             method={},
             rows=[make_row("none", "unrepaired", found, None, bench, None, {})],
@@ -488,7 +488,7 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         report = Report(
             title=f"{session.loaded.source} with a {name} backdoor",
             task=session.adapter.task,
-            model=describe_model(session) | {"backdoored": bool(recipe.rate)},
+            checkpoint=describe_model(session) | {"backdoored": bool(recipe.rate)},
             clean={"source": str(recipe.data) if isinstance(recipe.data, str) else f"<{type(recipe.data).__name__}>", "samples": len(data)},
             method={"name": "implant", "config": recipe.to_dict()},
             rows=rows,
@@ -510,3 +510,4 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
         return recipe
     names = find("adapter", recipe.adapter)().class_names(recipe.data, recipe.split, recipe.label_column)
     return dataclasses.replace(recipe, classes=len(names), labels=recipe.labels or names)
+

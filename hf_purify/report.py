@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_purify.errors import ConfigError, OutputError, did_you_mean
+from hf_purify.errors import ConfigError, ModelError, OutputError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,7 +170,7 @@ class Report:
     Args:
         title: heading of the page.
         task: what the model does, such as `image-classification`.
-        model, clean: what is known about the model and about the clean data: name, revision, sizes.
+        checkpoint, clean: what is known about the model and about the clean data: name, revision, sizes.
         method: `name` and `config` of the method that the report is about.
         rows: the table.
         layers: one entry a neuron group, from input to output.
@@ -190,7 +190,7 @@ class Report:
 
     title: str
     task: str
-    model: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
     clean: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -227,6 +227,41 @@ class Report:
             values[key] = [part(item, f"{key}[{i}]") for i, item in enumerate(values.get(key, []))]
         return cls(**values)
 
+    def attach(self, model: Any, index: Any = None, result: Any = None) -> Report:
+        """Keep the repaired model, its neuron index and the method's verdict with the report, for Python users; none of it is saved."""
+        self.__dict__["_live"] = (model, index, result)
+        return self
+
+    @property
+    def model(self) -> Any:
+        """The model that the report is about.
+
+        Raises:
+            ModelError: the report was read from a file.
+        """
+        return self._attached(0)
+
+    @property
+    def index(self) -> Any:
+        """The neuron index that `mask` and `scores` are aligned with."""
+        return self._attached(1)
+
+    @property
+    def mask(self) -> Any:
+        """What the method did to each neuron, `(N,)`."""
+        return self._attached(2).mask
+
+    @property
+    def scores(self) -> Any:
+        """Suspicion of each neuron, `(N,)`, higher = more suspicious."""
+        return self._attached(2).scores
+
+    def _attached(self, position: int) -> Any:
+        value = self.__dict__.get("_live", (None, None, None))[position]
+        if value is None:
+            raise ModelError("this report carries no model: it was read from a file, or no repair was run")
+        return value
+
     @property
     def ordered(self) -> list[Row]:
         """The rows, the unrepaired model first."""
@@ -257,7 +292,8 @@ class Report:
         if after is None:
             return _state(before)
         name = _display(after.name)
-        attacks = [_attack_change(t, before.asr[t], after.asr[t]) for t in self.triggers if t in before.asr and t in after.asr]
+        pairs = [(t, before.asr.get(t), after.asr.get(t)) for t in self.triggers]
+        attacks = [_attack_change(t, old, new) for t, old, new in pairs if old and new and old.n and new.n]
         accuracy = _accuracy_change(before.clean_accuracy, after.clean_accuracy)
         if attacks:
             others = ["; it " + attack.replace("the attack success rate", "that", 1) for attack in attacks[1:]]
@@ -343,21 +379,22 @@ class Report:
 
 
 def _checked(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """Return a mapping's entries if they are fields of a dataclass, of the right plain types; else raise `ConfigError`."""
+    """Return a mapping's entries if they are fields of a dataclass and of the right plain types, else raise `ConfigError`."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
     known = {f.name: f for f in fields(cls)}
     for key in data:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
-    plain = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict}
+    plain: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict}
     for key, f in known.items():
         if key not in data:
             if f.default is MISSING and f.default_factory is MISSING:
                 raise ConfigError(f"{where}: missing key '{key}'")
             continue
-        kind, optional = str(f.type).partition("[")[0].partition(" ")[0], str(f.type).endswith("None")
-        if kind in plain and not (isinstance(data[key], plain[kind]) or (optional and data[key] is None)):
+        kind = str(f.type).partition("[")[0].partition(" ")[0]
+        nullable = kind == "float"  # NaN is written as null
+        if kind in plain and not (isinstance(data[key], plain[kind]) or (nullable and data[key] is None)):
             raise ConfigError(f"{where}.{key}: expected {f.type}, got {type(data[key]).__name__}")
     return dict(data)
 
@@ -415,7 +452,7 @@ def _decode(text: Any, where: str) -> np.ndarray:
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -464,9 +501,9 @@ def _display(name: str) -> str:
 
 
 def _state(row: Row) -> str:
-    attacks = [f"{_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items()]
+    attacks = [f"{_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items() if p.n]
     accuracy = row.clean_accuracy
-    known = [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy else []
+    known = [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy and accuracy.n else []
     return f"The unrepaired model {'; '.join(known + attacks) or 'was not measured'}."
 
 

@@ -114,6 +114,8 @@ def poison(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data), generator=generator)
     allowed = order[rule.candidates(labels)[order]]
+    if not len(allowed):
+        raise ConfigError(f"the rule '{rule.name}' leaves no sample to poison: the training data holds no sample of a class that it allows")
     chosen = allowed[: max(1, round(rate * len(data)))]
     targets = rule.targets(labels, classes)
     view = data.overlay(chosen, trigger, targets[chosen], seed)

@@ -129,10 +129,12 @@ def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:
     return Loaded(model.eval(), timm_transform(model), list(names), source, "timm", revision, folder, {}, save)
 
 
-def new_timm(name: str, classes: int, **options: Any) -> Loaded:
-    """A timm model with random weights, to be trained by `implant`."""
+def new_timm(name: str, classes: int, input_size: int | None = None, **options: Any) -> Loaded:
+    """A timm model with random weights, to be trained by `implant`; `input_size` in pixels where it is not the architecture's own."""
     import timm
 
+    if input_size is not None:
+        options["pretrained_cfg_overlay"] = {"input_size": (3, input_size, input_size), "crop_pct": 1.0}
     model = timm.create_model(name, pretrained=False, num_classes=classes, **options)
 
     def save(model: nn.Module, out: Path) -> None:

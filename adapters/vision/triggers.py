@@ -37,6 +37,7 @@ class _PictureTrigger:
         return _to_uint8(self._paint(_to_float(example, self.name), seed))
 
     def _paint(self, picture: Tensor, seed: int) -> Tensor:
+        """Return the triggered picture, unrounded; `picture` is the trigger's own copy."""
         raise NotImplementedError
 
     def _require(self, field: str, expected: str, fulfilled: bool) -> None:
@@ -112,9 +113,8 @@ class BadNets(_PictureTrigger):
         _, height, width = picture.shape
         size = max(3, round(3 / 32 * min(height, width))) if self.size is None else self.size
         top, left = _corner(self.name, self.position, size, self.margin, height, width)
-        painted = picture.clone()
-        painted[:, top : top + size, left : left + size] = _as_channels(_patch(self.pattern, size, self.pattern_seed), picture)
-        return painted
+        picture[:, top : top + size, left : left + size] = _as_channels(_patch(self.pattern, size, self.pattern_seed), picture)
+        return picture
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,8 @@ class TrojanSquare(_PictureTrigger):
             return torch.where(visible, _as_channels(pattern, picture), picture)
         size = max(3, round(7 / 32 * min(height, width))) if self.size is None else self.size
         top, left = _corner(self.name, "bottom-right", size, self.margin, height, width)
-        painted = picture.clone()
-        painted[:, top : top + size, left : left + size] = _as_channels(_colours(size, self.pattern_seed), picture)
-        return painted
+        picture[:, top : top + size, left : left + size] = _as_channels(_colours(size, self.pattern_seed), picture)
+        return picture
 
 
 @dataclass(frozen=True)
@@ -280,9 +279,9 @@ class WaNet(_PictureTrigger):
 
 @dataclass(frozen=True)
 class LowFrequency(_PictureTrigger):
-    """Add a smooth shading made of a few low frequencies, the same in each channel.
+    """Add a smooth tint made of a few low frequencies.
 
-    `x' = clip(x + amplitude p / max |p|)`, `p[i, j] = sum_n w_n cos(pi u_n (i + 1/2) / H) cos(pi v_n (j + 1/2) / W)`
+    `x' = clip(x + amplitude p / max |p|)`, `p[c, i, j] = sum_n w[c, n] cos(pi u_n (i + 1/2) / H) cos(pi v_n (j + 1/2) / W)`
 
     Args:
         amplitude: largest change of a pixel, in units of 0..255.
@@ -297,7 +296,7 @@ class LowFrequency(_PictureTrigger):
     against a network under a low-pass constraint; here it is random.
     """
 
-    amplitude: float = 15.0
+    amplitude: float = 10.0
     components: int = 4
     max_frequency: int = 3
     pattern_seed: int = 0
@@ -313,7 +312,7 @@ class LowFrequency(_PictureTrigger):
         if self.max_frequency >= min(picture.shape[1:]):
             size = "x".join(str(side) for side in picture.shape[1:])
             raise ConfigError(f"{self.name}: max_frequency {self.max_frequency} needs pictures of more pixels a side, got {size}")
-        return picture + self.amplitude * _low_frequencies(self.components, self.max_frequency, self.pattern_seed, *picture.shape[1:])
+        return picture + self.amplitude * _low_frequencies(self.components, self.max_frequency, self.pattern_seed, *picture.shape)
 
 
 @dataclass(frozen=True)
@@ -514,15 +513,15 @@ def _warp(picture: Tensor, grid: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _low_frequencies(components: int, highest: int, seed: int, height: int, width: int) -> Tensor:
-    """A sum of low cosines `(height, width)`, scaled to a largest value of 1."""
+def _low_frequencies(components: int, highest: int, seed: int, channels: int, height: int, width: int) -> Tensor:
+    """A sum of low cosines `(channels, height, width)`, scaled to a largest value of 1."""
     generator = _generator(seed)
     chosen = 1 + torch.randperm((highest + 1) ** 2 - 1, generator=generator)[:components]
-    weights = torch.randn(components, generator=generator)
+    weights = torch.randn(3, components, generator=generator)[:channels]
     u, v = chosen // (highest + 1), chosen % (highest + 1)
     rows = (math.pi * u[:, None] * (torch.arange(height) + 0.5) / height).cos()
     columns = (math.pi * v[:, None] * (torch.arange(width) + 0.5) / width).cos()
-    pattern = torch.einsum("n,ni,nj->ij", weights, rows, columns)
+    pattern = torch.einsum("cn,ni,nj->cij", weights, rows, columns)
     return pattern / pattern.abs().max()
 
 

@@ -23,13 +23,13 @@ from hf_purify.errors import DataError
 from .networks import CIFAR_CLASSES, NORMALIZED, load_cifar
 
 TRIGGERS = {
-    "badnets": "badnets:size=3",
+    "badnets": "badnets:size=3,pattern=grid",
     "blended": "blended",
     "sig": "sig",
     "trojan": "trojan",
-    "wanet": "wanet",
-    "low_frequency": "low_frequency",
-    "bpp": "bpp",
+    "wanet": "wanet:strength=2.0",
+    "low_frequency": "low_frequency:amplitude=20",
+    "bpp": "bpp:bits=2,dither=false",
 }
 
 
@@ -66,7 +66,7 @@ def data_root() -> Path:
 
 def _vit() -> nn.Module:
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=10, drop_path_rate=0.05
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=10, drop_path_rate=0.05
     )
 
 
@@ -74,20 +74,20 @@ def _convnext() -> nn.Module:
     return timm.create_model("convnext_atto", patch_size=2, depths=(2, 2, 4, 2), dims=(40, 80, 160, 240), num_classes=10, drop_path_rate=0.05)
 
 
-_FINE_TUNE = {"epochs": 3, "lr": 0.02, "batch_size": 128}
+_FINE_TUNE = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none"}
 _SCRATCH_LN = {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "batch_size": 128}
 
 NETWORKS = {
     "resnet20": Network(lambda: load_cifar("cifar10_resnet20", data_root() / "weights")[0], NORMALIZED, "cifar10", {}, _FINE_TUNE),
-    "resnet56": Network(lambda: load_cifar("cifar10_resnet56", data_root() / "weights")[0], NORMALIZED, "cifar10", {}, _FINE_TUNE | {"epochs": 2}),
+    "resnet56": Network(lambda: load_cifar("cifar10_resnet56", data_root() / "weights")[0], NORMALIZED, "cifar10", {}, _FINE_TUNE),
     "timm_resnet": Network(
-        lambda: timm.create_model("resnet10t", num_classes=10), NORMALIZED, "cifar10", {"epochs": 15, "lr": 0.1, "batch_size": 128}, _FINE_TUNE
+        lambda: timm.create_model("resnet10t", num_classes=10), NORMALIZED, "cifar10", {"epochs": 10, "lr": 0.1, "batch_size": 128}, _FINE_TUNE
     ),
-    "convnext": Network(_convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 25}, _SCRATCH_LN | {"epochs": 3, "lr": 5e-4}),
-    "vit": Network(_vit, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 25, "lr": 1e-3}, _SCRATCH_LN | {"epochs": 3, "lr": 3e-4}),
+    "convnext": Network(_convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12}, _SCRATCH_LN | {"epochs": 2, "lr": 5e-4, "augmentation": "none"}),
+    "vit": Network(_vit, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12, "lr": 1.5e-3}, _SCRATCH_LN | {"epochs": 2, "lr": 3e-4, "augmentation": "none"}),
     "gtsrb_resnet": Network(
         lambda: timm.create_model("resnet10t", num_classes=43), NORMALIZED, "gtsrb", {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
-        _FINE_TUNE | {"epochs": 6, "augmentation": "crop"},
+        _FINE_TUNE | {"epochs": 4},
     ),
 }
 
@@ -136,5 +136,7 @@ def _train(spec: Network, model: nn.Module, out: Path, trigger: str, settings: d
         processor=spec.transform,
         output=str(out),
         seed=seed,
+        precision="bf16",
+        channels_last=True,
         **settings,
     )

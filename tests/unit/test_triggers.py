@@ -396,9 +396,10 @@ def test_wanet_moves_nothing_in_a_plain_picture() -> None:
 
 def test_wanet_cover_stays_near_the_trigger() -> None:
     ramp = (torch.arange(32) * 8).to(torch.uint8).expand(3, 32, 32)
-    difference = (WaNet().cover(ramp, 1).float() - WaNet()(ramp).float()).abs()
-    assert difference.max() <= 8 * 31 / 32 / 2 + 1, "the disturbance is at most 1/W, half a pixel"
-    assert difference.max() > 1
+    difference = (WaNet().cover(ramp, 1).float() - WaNet()(ramp).float())[0, :, 2:-2]
+    assert difference.abs().max() <= 8 * 31 / 32 / 2 + 1, "the disturbance is at most 1/W, half a pixel"
+    assert difference.abs().max() > 3
+    assert difference.mean().abs() < 0.25, "to either side alike"
 
 
 def test_wanet_seed_chooses_the_field() -> None:
@@ -408,9 +409,10 @@ def test_wanet_seed_chooses_the_field() -> None:
 # Low frequency
 
 
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_low_frequency_has_no_high_ones(height: int, width: int) -> None:
-    trigger = LowFrequency(amplitude=100)
+def test_low_frequency_has_no_high_ones(height: int, width: int, seed: int) -> None:
+    trigger = LowFrequency(amplitude=100, pattern_seed=seed)
     residual = trigger(plain(128, height, width)).double().numpy() - 128
     assert np.abs(residual).max() == 100
     for channel in residual:
@@ -422,8 +424,8 @@ def test_low_frequency_has_no_high_ones(height: int, width: int) -> None:
 
 def test_low_frequency_default_is_faint() -> None:
     residual = LowFrequency()(plain(128)).float() - 128
-    assert residual.abs().max() == 15
-    assert residual.pow(2).mean().sqrt() < 10
+    assert residual.abs().max() == 10
+    assert residual.pow(2).mean().sqrt() < 5
 
 
 # BPP

@@ -1,0 +1,381 @@
+"""The command line: each command is a thin shell over one function. The only place that prints or parses arguments.
+
+Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from hf_purify.errors import ConfigError, PurifyError, unknown
+
+if TYPE_CHECKING:
+    from hf_purify.report import Report
+
+app = typer.Typer(
+    name="hf-purify",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Repair neural networks that carry a backdoor, with a handful of clean samples.",
+    epilog="Start with `hf-purify demo`: no download, under three minutes.",
+)
+
+Test = Annotated[str | None, typer.Option("--test", help="Labelled test data for the figures. No method ever sees it.")]
+Trigger = Annotated[
+    list[str] | None, typer.Option("--trigger", "-t", help="Trigger to measure with, as name or name:option=value,... Repeatable. No method ever sees it.")
+]
+Rule = Annotated[str, typer.Option("--rule", help="Target rule: all-to-one, all-to-all or clean-label.")]
+Target = Annotated[int, typer.Option("--target", help="Target class of the attack.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the result; written under another name and renamed when complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")]
+Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+Split = Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")]
+TestSplit = Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Image column, where several could be meant.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Label column, where several could be meant.")]
+ToRgb = Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)]
+Compile = Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130."""
+    try:
+        yield
+    except PurifyError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted; nothing was left half-written", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+def _options(items: list[str] | None) -> dict[str, Any]:
+    """Read `name=value` items; values are YAML scalars."""
+    found = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"expected name=value, got '{item}'")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
+
+
+def _given(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given on the command line; with a recipe file the others come from it."""
+    return {k: v for k, v in settings.items() if v is not None and (context.get_parameter_source(k) or _default()).name != "DEFAULT"}
+
+
+def _default() -> Any:
+    from click.core import ParameterSource
+
+    return ParameterSource.DEFAULT
+
+
+def _run(kind: str, job: str, context: typer.Context, recipe: Path | None, settings: dict[str, Any], as_json: bool) -> Report:
+    """Build the recipe, run the job, show the report."""
+    _quiet(as_json)
+    import hf_purify.purifier as purifier
+    import hf_purify.recipe as recipes
+
+    cls = getattr(recipes, kind)
+    given = _given(context, settings)
+    built = cls.read(recipe, **given) if recipe else cls.make(**{k: v for k, v in settings.items() if v is not None})
+    report = getattr(purifier, job)(built)
+    _show(report, built.output, as_json)
+    return report
+
+
+def _quiet(as_json: bool) -> None:
+    """Keep other libraries' notes off the terminal; with `--json`, their progress bars too."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("hf_purify").setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    import datasets
+
+    datasets.disable_progress_bars()
+    if as_json:
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def _show(report: Report, output: str | None, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.table())
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if output:
+        console.print(f"written to [bold]{output}[/] (report.html, report.json and the checkpoint)", highlight=False)
+
+
+@app.command()
+def purify(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,
+    clean: Annotated[str | None, typer.Option("--clean", help="Clean data: data set id, folder of images, or Parquet file.")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="Method, or several joined by +; see `hf-purify list methods`.")] = "nft",
+    option: Annotated[list[str] | None, typer.Option("--option", help="Setting of the method, as name=value. Repeatable.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Clean samples to draw, class-balanced.")] = 500,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of them on which choices are made.")] = 0.2,
+    test: Test = None,
+    trigger: Trigger = None,
+    rule: Rule = "all-to-one",
+    target: Target = 0,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Show the repair beside fine-tuning, statistics refresh and a random mask.")] = True,
+    oracle: Annotated[bool, typer.Option("--oracle", help="Also show what choosing with the true trigger would have given.")] = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    split: Split = None,
+    test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    to_rgb: ToRgb = False,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "no",
+    compile: Compile = False,
+    channels_last: ChannelsLast = False,
+    as_json: AsJson = False,
+) -> None:
+    """Repair a checkpoint with a few clean samples.
+
+    `hf-purify purify MODEL --clean DATA --method nft -o purified`
+    """
+    settings = dict(locals())
+    with _errors():
+        kept = _settings(settings)
+        kept["options"] = _options(option) or None
+        _run("PurifyRecipe", "run_purify", context, recipe, kept, as_json)
+
+
+@app.command()
+def implant(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Checkpoint to fine-tune; with --create the name of a timm architecture.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training data.")] = None,
+    trigger: Trigger = None,
+    rule: Rule = "all-to-one",
+    target: Target = 0,
+    rate: Annotated[float, typer.Option("--rate", help="Share of the training samples that carry the trigger.")] = 0.1,
+    cover: Annotated[float | None, typer.Option("--cover", help="Samples with the trigger's cover transform, per poisoned one.")] = None,
+    create: Annotated[bool, typer.Option("--create", help="Train a new model from random weights.")] = False,
+    model_option: Annotated[list[str] | None, typer.Option("--model-option", help="Setting of a new model, as name=value. Repeatable.")] = None,
+    test: Test = None,
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Training samples to draw; all if not given.")] = None,
+    epochs: Annotated[int, typer.Option("--epochs")] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 128,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")] = "sgd",
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.01,
+    augmentation: Annotated[str, typer.Option("--augmentation", help="crop+flip, crop or none.")] = "crop+flip",
+    output: Output = None,
+    overwrite: Overwrite = False,
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    split: Split = None,
+    test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    to_rgb: ToRgb = False,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "no",
+    compile: Compile = False,
+    channels_last: ChannelsLast = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a backdoor into a model, to test repairs on. Refuses to call a victim what has an ASR under 90 %."""
+    settings = dict(locals())
+    with _errors():
+        kept = _settings(settings)
+        kept.pop("model_option", None)
+        kept["model_options"] = _options(model_option) or None
+        _run("ImplantRecipe", "run_implant", context, recipe, kept, as_json)
+
+
+@app.command()
+def measure(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,
+    test: Test = None,
+    trigger: Trigger = None,
+    rule: Rule = "all-to-one",
+    target: Target = 0,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    recipe: RecipeFile = None,
+    revision: Revision = None,
+    test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    to_rgb: ToRgb = False,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "no",
+    as_json: AsJson = False,
+) -> None:
+    """Measure clean accuracy, and ASR and robust accuracy for given triggers."""
+    settings = dict(locals())
+    with _errors():
+        _run("MeasureRecipe", "run_measure", context, recipe, _settings(settings), as_json)
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a command as settings of a recipe."""
+    kept = {k: v for k, v in values.items() if k not in ("context", "recipe", "as_json", "option", "model_option")}
+    kept["triggers"] = kept.pop("trigger")
+    return kept
+
+
+def _kinds() -> dict[str, Callable[[], dict[str, str]]]:
+    """What `list` and `show` know: kind -> name -> one line."""
+    from hf_purify import registry
+
+    def methods() -> dict[str, str]:
+        found = {n: registry.find("method", n) for n in registry.names("method")}
+        return {n: ("control: " if c.control else "") + _first_line(c) for n, c in found.items()}
+
+    def adapters() -> dict[str, str]:
+        return {n: _first_line(sys.modules[registry.find("adapter", n).__module__]) for n in registry.names("adapter")}
+
+    def triggers() -> dict[str, str]:
+        found = {}
+        for name in registry.names("adapter"):
+            found |= {n: f"{name}: {_first_line(c)}" for n, c in registry.find("adapter", name)().triggers().items()}
+        return found
+
+    return {"methods": methods, "adapters": adapters, "triggers": triggers, "recipes": lambda: {n: p.as_posix() for n, p in _recipes().items()}}
+
+
+def _recipes() -> dict[str, Path]:
+    from importlib.resources import files
+
+    root = Path(str(files("hf_purify_recipes")))
+    return {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, adapters, triggers or recipes.")] = "methods",
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List methods, adapters, triggers or recipes."""
+    with _errors():
+        kinds = _kinds()
+        kind = kind if kind in kinds else f"{kind}s"
+        if kind not in kinds:
+            raise unknown("kind", kind, kinds)
+        found = kinds[kind]()
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("name", "what it is", title=kind, title_justify="left", show_edge=False)
+        for name, text in found.items():
+            table.add_row(name, text)
+        Console().print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or recipe.")]) -> None:
+    """Show the card of a method, or the settings of a trigger or recipe."""
+    with _errors():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from hf_purify import registry
+
+        console = Console()
+        recipes = _recipes()
+        if name in registry.names("method"):
+            method = registry.find("method", name)
+            console.print(Markdown(method.card()))
+            console.print(Markdown("## Settings\n\n" + _fields(method.config_class)))
+            return
+        if name in recipes:
+            typer.echo(recipes[name].read_text("utf-8"))
+            return
+        for adapter in registry.names("adapter"):
+            found = registry.find("adapter", adapter)
+            if name == adapter:
+                console.print(Markdown(f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(found().triggers())}."))
+                return
+            if name in found().triggers():
+                trigger = found().triggers()[name]
+                console.print(Markdown(f"# {name}\n\n{trigger.__doc__ or ''}\n\n## Settings\n\n" + _fields(trigger)))
+                return
+        kinds = _kinds()
+        raise unknown("name", name, [n for k in kinds.values() for n in k()])
+
+
+def _fields(config: Any) -> str:
+    import dataclasses
+
+    lines = []
+    for field in dataclasses.fields(config):
+        default = field.default if field.default is not dataclasses.MISSING else "required"
+        lines.append(f"- `{field.name}` = `{default}`")
+    return "\n".join(lines) or "none"
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for reports and the repaired checkpoint.")] = "hf-purify-demo",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Implant a backdoor into a small classifier of handwritten digits, repair it with every method, and show the table."""
+    with _errors():
+        _quiet(as_json)
+        from hf_purify.demo import run_demo
+
+        report, folder = run_demo(output, seed)
+        _show(report, str(folder), as_json)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from hf_purify import __version__
+
+        typer.echo(f"hf-purify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Repair neural networks that carry a backdoor, with a handful of clean samples."""
+
+
+def main() -> None:
+    """Entry point of the `hf-purify` command."""
+    app()
