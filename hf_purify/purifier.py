@@ -214,7 +214,7 @@ def split_clean(data: Examples, share: float, seed: int) -> tuple[Examples, Exam
 
 
 def choose_augmentation(session: Session, data: Examples) -> str:
-    """The strongest augmentation under which the model keeps its accuracy on clean data, within three points.
+    """The strongest augmentation under which the model keeps its accuracy on clean data, within ten points.
 
     Flipping a digit or a traffic sign changes its class; the model itself says so.
     """
@@ -228,7 +228,7 @@ def choose_augmentation(session: Session, data: Examples) -> str:
                 batch = session.adapter.augment(data.batch(indices), task.generator, kind)
                 batch = {k: v.to(task.device) for k, v in batch.items()}
                 hits += int((session.adapter.predict(session.model, batch) == batch["labels"]).sum())
-            if hits / len(data) >= plain - 0.03:
+            if hits / len(data) >= plain - 0.1:
                 return kind
     return "none"
 

@@ -51,7 +51,8 @@ def unlearn(
         max_steps: bound on all steps, those taken back too.
     """
     model = task.model
-    level = forgetting_level(classes)
+    level = forgetting_level(classes) + 1e-6
+    first = lr
     floor = max(1.1 / classes, level / 2) if classes > 2 else 0.3
     params = [p for p in model.parameters() if p.is_floating_point()]
     config = config or TrainConfig(steps=1)
@@ -72,7 +73,7 @@ def unlearn(
     accuracy, loss = start, _ = read()
     kept = state()
     cap = 8 * math.log(max(classes, 2))
-    while used < max_steps and accuracy > level:
+    while used < max_steps and accuracy > level and lr > 1e-4 * first:
         step = dataclasses.replace(config, steps=1, epochs=None, lr=lr, momentum=0.0, ascend=True, clip=1.0, mode="frozen_norm")
         train(task, params, step, title="unlearn")
         used += 1

@@ -104,13 +104,13 @@ class VisionAdapter(Adapter):
         return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
 
     def augmentations(self) -> list[str]:
-        return ["crop+flip", "crop"]
+        return ["crop+flip", "flip", "crop"]
 
     def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
         """Random crop after padding by an eighth of the side, and random horizontal flip, for each image by itself."""
         images = batch["pixel_values"]
         n, _, height, width = images.shape
-        pad = max(1, min(height, width) // 8)
+        pad = max(1, min(height, width) // 8) if "crop" in kind else 0
         shifts = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
         padded = F.pad(images, (pad,) * 4)
         rows = shifts[0][:, None] + torch.arange(height)

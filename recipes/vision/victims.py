@@ -27,7 +27,7 @@ TRIGGERS = {
     "blended": "blended",
     "sig": "sig",
     "trojan": "trojan",
-    "wanet": "wanet:strength=2.0",
+    "wanet": "wanet:strength=3.0",
     "low_frequency": "low_frequency:amplitude=20",
     "bpp": "bpp:bits=2,dither=false",
 }
@@ -83,8 +83,8 @@ NETWORKS = {
     "timm_resnet": Network(
         lambda: timm.create_model("resnet10t", num_classes=10), NORMALIZED, "cifar10", {"epochs": 10, "lr": 0.1, "batch_size": 128}, _FINE_TUNE
     ),
-    "convnext": Network(_convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12}, _SCRATCH_LN | {"epochs": 2, "lr": 5e-4, "augmentation": "none"}),
-    "vit": Network(_vit, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12, "lr": 1.5e-3}, _SCRATCH_LN | {"epochs": 2, "lr": 3e-4, "augmentation": "none"}),
+    "convnext": Network(_convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 24}, _SCRATCH_LN | {"epochs": 5, "lr": 1e-3, "augmentation": "none"}),
+    "vit": Network(_vit, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12, "lr": 1.5e-3}, _SCRATCH_LN | {"epochs": 4, "lr": 7e-4, "augmentation": "none"}),
     "gtsrb_resnet": Network(
         lambda: timm.create_model("resnet10t", num_classes=43), NORMALIZED, "gtsrb", {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
         _FINE_TUNE | {"epochs": 4},
