@@ -6,14 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_purify.errors import PurifyError
-    from hf_purify.masks import bake, load_mask, masked, save_mask
-    from hf_purify.method import Context, Method, MethodConfig, Verdict
-    from hf_purify.neurons import NeuronGroup, NeuronIndex
-    from hf_purify.output import apply_mask
-    from hf_purify.purifier import implant, measure, purify
-    from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe
-    from hf_purify.report import Report
+    from hf_purify.errors import PurifyError as PurifyError
+    from hf_purify.masks import bake as bake
+    from hf_purify.masks import load_mask as load_mask
+    from hf_purify.masks import masked as masked
+    from hf_purify.masks import save_mask as save_mask
+    from hf_purify.method import Context as Context
+    from hf_purify.method import Method as Method
+    from hf_purify.method import MethodConfig as MethodConfig
+    from hf_purify.method import Verdict as Verdict
+    from hf_purify.neurons import NeuronGroup as NeuronGroup
+    from hf_purify.neurons import NeuronIndex as NeuronIndex
+    from hf_purify.output import apply_mask as apply_mask
+    from hf_purify.purifier import implant as implant
+    from hf_purify.purifier import measure as measure
+    from hf_purify.purifier import purify as purify
+    from hf_purify.recipe import ImplantRecipe as ImplantRecipe
+    from hf_purify.recipe import MeasureRecipe as MeasureRecipe
+    from hf_purify.recipe import PurifyRecipe as PurifyRecipe
+    from hf_purify.report import Report as Report
 
 __version__ = "0.1.0"
 

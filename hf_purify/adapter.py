@@ -89,6 +89,14 @@ class Adapter(ABC):
         """Read a data set for a model; columns are found by their features or named."""
 
     @abstractmethod
+    def classes(self, loaded: Loaded) -> int:
+        """Number of classes of a model."""
+
+    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+        """Class names of a data set, in order."""
+        raise ConfigError(f"the {self.name} adapter cannot read class names; give classes=...")
+
+    @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass: `(B, classes)`."""
 

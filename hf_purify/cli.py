@@ -33,11 +33,14 @@ app = typer.Typer(
 
 Test = Annotated[str | None, typer.Option("--test", help="Labelled test data for the figures. No method ever sees it.")]
 Trigger = Annotated[
-    list[str] | None, typer.Option("--trigger", "-t", help="Trigger to measure with, as name or name:option=value,... Repeatable. No method ever sees it.")
+    list[str] | None,
+    typer.Option("--trigger", "-t", help="Trigger to measure with, as name or name:option=value,... Repeatable. No method ever sees it."),
 ]
 Rule = Annotated[str, typer.Option("--rule", help="Target rule: all-to-one, all-to-all or clean-label.")]
 Target = Annotated[int, typer.Option("--target", help="Target class of the attack.")]
-Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the result; written under another name and renamed when complete.")]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="Folder for the result; written under another name and renamed when complete.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")]
@@ -49,7 +52,9 @@ ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Image c
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Label column, where several could be meant.")]
 ToRgb = Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")]
 
@@ -80,7 +85,12 @@ def _options(items: list[str] | None) -> dict[str, Any]:
 
 def _given(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that were given on the command line; with a recipe file the others come from it."""
-    return {k: v for k, v in settings.items() if v is not None and (context.get_parameter_source(k) or _default()).name != "DEFAULT"}
+    names = {"triggers": "trigger", "options": "option", "model_options": "model_option"}
+    return {
+        k: v
+        for k, v in settings.items()
+        if v is not None and (context.get_parameter_source(names.get(k, k)) or _default()).name != "DEFAULT"
+    }
 
 
 def _default() -> Any:
@@ -144,7 +154,9 @@ def purify(
     trigger: Trigger = None,
     rule: Rule = "all-to-one",
     target: Target = 0,
-    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Show the repair beside fine-tuning, statistics refresh and a random mask.")] = True,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Show the repair beside fine-tuning, statistics refresh and a random mask.")
+    ] = True,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also show what choosing with the true trigger would have given.")] = False,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -184,7 +196,9 @@ def implant(
     rate: Annotated[float, typer.Option("--rate", help="Share of the training samples that carry the trigger.")] = 0.1,
     cover: Annotated[float | None, typer.Option("--cover", help="Samples with the trigger's cover transform, per poisoned one.")] = None,
     create: Annotated[bool, typer.Option("--create", help="Train a new model from random weights.")] = False,
-    model_option: Annotated[list[str] | None, typer.Option("--model-option", help="Setting of a new model, as name=value. Repeatable.")] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option("--model-option", help="Setting of a new model, as name=value. Repeatable.")
+    ] = None,
     test: Test = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Training samples to draw; all if not given.")] = None,
     epochs: Annotated[int, typer.Option("--epochs")] = 5,
@@ -263,12 +277,17 @@ def _kinds() -> dict[str, Callable[[], dict[str, str]]]:
         return {n: _first_line(sys.modules[registry.find("adapter", n).__module__]) for n in registry.names("adapter")}
 
     def triggers() -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for name in registry.names("adapter"):
             found |= {n: f"{name}: {_first_line(c)}" for n, c in registry.find("adapter", name)().triggers().items()}
         return found
 
-    return {"methods": methods, "adapters": adapters, "triggers": triggers, "recipes": lambda: {n: p.as_posix() for n, p in _recipes().items()}}
+    return {
+        "methods": methods,
+        "adapters": adapters,
+        "triggers": triggers,
+        "recipes": lambda: {n: p.as_posix() for n, p in _recipes().items()},
+    }
 
 
 def _recipes() -> dict[str, Path]:
@@ -328,7 +347,11 @@ def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or
         for adapter in registry.names("adapter"):
             found = registry.find("adapter", adapter)
             if name == adapter:
-                console.print(Markdown(f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(found().triggers())}."))
+                console.print(
+                    Markdown(
+                        f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(found().triggers())}."
+                    )
+                )
                 return
             if name in found().triggers():
                 trigger = found().triggers()[name]
@@ -365,9 +388,9 @@ def demo(
 
 def _version(value: bool) -> None:
     if value:
-        from hf_purify import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"hf-purify {__version__}")
+        typer.echo(f"hf-purify {version('hf-purify')}")
         raise typer.Exit
 
 

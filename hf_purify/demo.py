@@ -57,7 +57,14 @@ def run_demo(folder: str = "hf-purify-demo", seed: int = 0) -> tuple[Report, Pat
     victim = implant_recipe(train, test, str(out / "victim"), seed)
     run_implant(victim)
     recipe = PurifyRecipe.make(
-        model=str(out / "victim"), clean=train, test=test, triggers=[TRIGGER], target=TARGET, samples=SAMPLES, seed=seed, output=str(out / "purified")
+        model=str(out / "victim"),
+        clean=train,
+        test=test,
+        triggers=[TRIGGER],
+        target=TARGET,
+        samples=SAMPLES,
+        seed=seed,
+        output=str(out / "purified"),
     )
     return compare(recipe), out / "purified"
 

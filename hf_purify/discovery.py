@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_purify.errors import ModelError
-from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor
 
 
 @dataclass
@@ -48,6 +48,11 @@ class _Call:
         return _is_norm(self.module) and self.scales
 
 
+def _weight(module: nn.Module) -> Tensor:
+    """The weight of a traced module."""
+    return get_tensor(module, "weight")
+
+
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1
@@ -73,8 +78,10 @@ def axes(module: nn.Module) -> tuple[int, int] | None:
 
 def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
     """The axis of an activation that holds channels: 1 for convolutions and batch norms, the last elsewhere."""
-    weight = module.weight
-    spatial = hasattr(module, "in_channels") or "BatchNorm" in type(module).__name__ or "GroupNorm" in type(module).__name__
+    weight = _weight(module)
+    kind = type(module).__name__
+    first = "BatchNorm" in kind or "GroupNorm" in kind or "Norm2d" in kind or getattr(module, "data_format", "") == "channels_first"
+    spatial = hasattr(module, "in_channels") or first
     channels = weight.shape[0] if weight.dim() == 1 else None
     if channels is not None and not spatial:
         return 1 if tensor.dim() == 4 and tensor.shape[-1] != channels and tensor.shape[1] == channels else tensor.dim() - 1
@@ -177,7 +184,7 @@ def _slices(call: _Call, offset: int) -> list[ParamSlice]:
 
 
 def _norm_group(call: _Call) -> NeuronGroup:
-    size = call.module.weight.shape[0]  # type: ignore[union-attr]
+    size = _weight(call.module).shape[0]
     params = _slices(call, 0)
     if len(call.feeds) == 1 and call.feeds[0].complete and call.feeds[0].offsets == (0,):
         producer = call.feeds[0].call
@@ -200,7 +207,7 @@ def _input_group(call: _Call, in_axis: int) -> NeuronGroup | None:
         return None  # several writers of a residual stream, which all later layers read
     rows = [s for f in feeds for offset in f.offsets for s in _rows(f.call, offset)]
     gate = ParamSlice(f"{call.name}.weight", in_axis)
-    size = call.module.weight.shape[in_axis]  # type: ignore[union-attr]
+    size = _weight(call.module).shape[in_axis]
     return NeuronGroup(call.name, size, (gate, *rows), "attention" if attention else "hidden")
 
 
@@ -214,11 +221,11 @@ def _groups(call: _Call, head: _Call | None) -> list[NeuronGroup]:
     """The neurons that a traced call stands for: none, one group, or hidden inputs and the class rows of a head."""
     if _is_norm(call.module):
         return [_norm_group(call)] if call.is_norm else []
-    out_axis, in_axis = axes(call.module)  # type: ignore[misc]
+    out_axis, in_axis = axes(call.module) or (0, -1)
     found = [g for g in [_input_group(call, in_axis)] if g]
     if call is head:
         name = f"{call.name}[out]" if found else call.name
-        size = call.module.weight.shape[out_axis]  # type: ignore[union-attr]
+        size = _weight(call.module).shape[out_axis]
         found.append(NeuronGroup(name, size, tuple(_slices(call, 0)), "head"))
     return found
 
@@ -244,7 +251,7 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
             module.training = mode
     calls = list({c.name: c for c in reversed(tracer.calls)}.values())[::-1]  # a shared module counts once
     layers = [c for c in calls if not _is_norm(c.module)]
-    head = next((c for c in reversed(layers) if c.module.weight.shape[axes(c.module)[0]] == classes), None)  # type: ignore[index]
+    head = next((c for c in reversed(layers) if _weight(c.module).shape[(axes(c.module) or (0, -1))[0]] == classes), None)
     found = [g for c in calls for g in _groups(c, head)]
     if not found:
         raise ModelError("no neurons found: the model has no affine norm and no hidden layer that could be masked")

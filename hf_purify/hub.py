@@ -11,7 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from hf_purify.errors import ModelError, UnsafeCheckpoint
 
-ALLOWED = ["*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "processor_config.json", "README.md", "*.txt"]
+ALLOWED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "*.txt",
+]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
 
 

@@ -1,12 +1,12 @@
 """`train()`: the only place that takes an optimizer step. Runs on accelerate.
 
-    for step in range(steps):
-        indices        <- next global batch (seeded; each process takes its share)
-        batch          <- data.batch(indices), augmented, mixed
-        loss           <- mean(task.loss(model, batch)) + penalty()         # or objective(batch)
-        backward; average gradients over processes; clip; optimizer.step(); scheduler.step()
-        after_step(step)                                                    # projections: clip a mask, keep zeros
-        stop(step) -> leave                                                 # asked for by the caller, never by default
+for step in range(steps):
+    indices        <- next global batch (seeded; each process takes its share)
+    batch          <- data.batch(indices), augmented, mixed
+    loss           <- mean(task.loss(batch)) + penalty()                # or objective(batch)
+    backward; average gradients over processes; after_backward(batch); clip; optimizer.step(); scheduler.step()
+    after_step(step)                                                    # projections: clip a mask, keep zeros
+    stop(step) -> leave                                                 # asked for by the caller, never by default
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -90,7 +91,11 @@ class TrainConfig:
     mode: str = "train"
 
     def __post_init__(self) -> None:
-        for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("constant", "cosine", "onecycle")), ("mode", ("train", "eval", "frozen_norm"))):
+        for name, choices in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("constant", "cosine", "onecycle")),
+            ("mode", ("train", "eval", "frozen_norm")),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'")
         if (self.steps is None) == (self.epochs is None):
@@ -175,6 +180,16 @@ def _optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.optim.O
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
+@contextlib.contextmanager
+def _prepared(task: Task, params: list[nn.Parameter], config: TrainConfig) -> Iterator[AcceleratedOptimizer]:
+    """An optimizer as accelerate wants it; accelerate holds on to each one for good, so it is taken out afterwards."""
+    optimizer = task.accelerator.prepare(_optimizer(params, config))
+    try:
+        yield optimizer
+    finally:
+        task.accelerator._optimizers.remove(optimizer)
+
+
 def fetch(task: Task, indices: Tensor, augment: bool = False) -> Batch:
     """Samples of the task on its device, this process's share of them, augmented if asked."""
     world, rank = task.accelerator.num_processes, task.accelerator.process_index
@@ -189,8 +204,9 @@ def train(
     params: Iterable[nn.Parameter],
     config: TrainConfig,
     *,
+    objective: Callable[[Batch], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
-    after_backward: Callable[[], None] | None = None,
+    after_backward: Callable[[Batch], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     stop: Callable[[int], bool] | None = None,
     title: str = "",
@@ -198,6 +214,7 @@ def train(
     """Train `params` on the task; everything else stays frozen. See the top of the module for the loop.
 
     Args:
+        objective: loss of a batch, a scalar; the mean clean loss if not given.
         penalty: added to the loss, a scalar.
         after_backward: may change gradients before they are clipped and used.
         after_step: called with the number of steps done; projections go here.
@@ -215,20 +232,21 @@ def train(
     stream = batches(len(task.data), config, task.generator)
     losses, sign = [], -1.0 if config.ascend else 1.0
     bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
-    with trainable(task.model, params) as chosen, mode(task.model, config.mode), torch.enable_grad(), bar:
-        optimizer = accelerator.prepare(_optimizer(chosen, config))
+    frozen = trainable(task.model, params)
+    with frozen as chosen, mode(task.model, config.mode), torch.enable_grad(), bar, _prepared(task, chosen, config) as optimizer:
         scheduler = _schedule(optimizer.optimizer, config, steps)
         for step in range(1, steps + 1):
             batch = fetch(task, next(stream), config.augment)
             if config.mixup:
                 batch = _mixed(task, batch)
             with accelerator.autocast():
-                clean = task.loss(batch).mean()
+                clean = objective(batch) if objective else task.loss(batch).mean()
                 loss = sign * clean + (penalty() if penalty else 0.0)
             accelerator.backward(loss)
             _average(accelerator, chosen)
             if after_backward:
-                after_backward()
+                after_backward(batch)
+                _average(accelerator, chosen)
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(chosen, config.clip)
             optimizer.step()
@@ -268,7 +286,9 @@ def _check(losses: list[Tensor], title: str) -> None:
     bad = ~torch.isfinite(recent)
     if bad.any():
         step = len(losses) - len(recent) + int(bad.nonzero()[0]) + 1
-        raise Diverged(f"{title or 'training'}: the loss became {recent[bad][0].item()} at step {step}; lower the learning rate, or check the model's weights")
+        raise Diverged(
+            f"{title or 'training'}: the loss became {recent[bad][0].item()} at step {step}; lower the learning rate, or check the model's weights"
+        )
 
 
 @torch.no_grad()
@@ -277,7 +297,9 @@ def evaluate(task: Task, data: Examples, batch_size: int = 256, title: str = "")
     found = []
     with mode(task.model, "eval"):
         chunks = torch.arange(len(data)).split(batch_size)
-        for indices in tqdm(chunks, desc=title or "evaluate", delay=2.0, leave=False, disable=None if task.accelerator.is_main_process else True):
+        for indices in tqdm(
+            chunks, desc=title or "evaluate", delay=2.0, leave=False, disable=None if task.accelerator.is_main_process else True
+        ):
             batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
             with task.accelerator.autocast():
                 found.append(task.adapter.predict(task.model, batch).cpu())

@@ -26,27 +26,6 @@ MASK_FILE = "neuron_mask.safetensors"
 MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
 
 
-class _Gate(torch.autograd.Function):
-    """`x * m` along one axis, whose mask gradient is reduced without a product of the activation's size."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
-        ctx.save_for_backward(x, m)
-        return x * m
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, m = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = grad * m if ctx.needs_input_grad[0] else None
-        grad_m = None
-        if ctx.needs_input_grad[1]:
-            axis = next((i for i, n in enumerate(m.shape) if n != 1), x.dim() - 1)
-            letters = "abcdefgh"[: x.dim()]
-            grad_m = torch.einsum(f"{letters},{letters}->{letters[axis]}", grad, x).view_as(m).to(m.dtype)
-        return grad_x, grad_m
-
-
 class _Scale(nn.Module):
     """The parametrization of the weight level: multiplies the slices of one parameter."""
 
@@ -114,7 +93,7 @@ def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias:
     axis = 1 if _is_conv(module) else -1
 
     def gate(x: Tensor) -> Tensor:
-        return _Gate.apply(x, shaped(views()[group.name].to(x.device, x.dtype), x.dim(), axis))
+        return x * shaped(views()[group.name].to(x.device, x.dtype), x.dim(), axis)
 
     if group.role != "head":
         return [module.register_forward_pre_hook(lambda _, inputs: (gate(inputs[0]), *inputs[1:]))]
@@ -122,7 +101,7 @@ def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias:
     def outputs(m: nn.Module, _: tuple, out: Tensor) -> Tensor:
         if bias or m.bias is None:
             return gate(out)
-        shift = shaped(m.bias, out.dim(), axis)
+        shift = shaped(get_tensor(m, "bias"), out.dim(), axis)
         return gate(out - shift) + shift
 
     return [module.register_forward_hook(outputs)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -53,12 +54,14 @@ class Context(Task):
         held_out: clean samples that the method does not learn from; every threshold, stop and count is chosen on them.
         classes: number of classes.
         removed: `(N,)` neurons that an earlier method of a sequence removed and that must stay so.
+        original: a frozen copy of the model from before the first method of a sequence, in eval mode.
     """
 
     index: NeuronIndex = field(default_factory=lambda: NeuronIndex(()))
     held_out: Examples | None = None
     classes: int = 0
     removed: Tensor | None = None
+    original: nn.Module | None = None
 
     @property
     def judged(self) -> Examples:
@@ -97,6 +100,10 @@ class Context(Task):
         if not len(chosen):
             raise ModelError(f"no neurons of kind '{granularity}' in this model; it has {', '.join(sorted({g.role for g in self.index}))}")
         return chosen
+
+    def teacher(self) -> nn.Module:
+        """A frozen copy of the original model, in eval mode: its own predictions on clean samples are worth keeping."""
+        return self.original if self.original is not None else copy.deepcopy(self.model).eval().requires_grad_(False)
 
     @contextmanager
     def copy(self) -> Iterator[None]:
@@ -169,7 +176,9 @@ class Method(ABC):
             if not torch.isfinite(value).all():
                 raise ModelError(f"{self.name}: {what} must be finite, got {int((~torch.isfinite(value)).sum())} values that are not")
         if float(verdict.mask.min()) < 0 or float(verdict.mask.max()) > 1:
-            raise ModelError(f"{self.name}: mask values must lie in [0, 1], got {float(verdict.mask.min()):.3g}..{float(verdict.mask.max()):.3g}")
+            raise ModelError(
+                f"{self.name}: mask values must lie in [0, 1], got {float(verdict.mask.min()):.3g}..{float(verdict.mask.max()):.3g}"
+            )
 
     @classmethod
     def card(cls) -> str:
@@ -211,7 +220,8 @@ class Sequential(Method):
         notes: dict[str, Any] = {}
         curve: tuple[dict[str, float], ...] = ()
         scores = torch.zeros(len(ctx.index))
-        before = ctx.removed
+        before = ctx.removed, ctx.original
+        ctx.original = ctx.teacher()
         try:
             for method in self.methods:
                 verdict = method(ctx)
@@ -221,5 +231,5 @@ class Sequential(Method):
                 curve = curve or verdict.curve
                 ctx.removed = mask == 0
         finally:
-            ctx.removed = before
+            ctx.removed, ctx.original = before
         return Verdict(scores, mask, folded=True, notes=notes, curve=curve)

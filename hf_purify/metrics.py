@@ -60,7 +60,9 @@ def _aligned(*values: Tensor) -> list[Tensor]:
     """The values as tensors, all of one shape `(n,)`."""
     tensors = [torch.as_tensor(v) for v in values]
     if any(t.dim() != 1 or t.shape != tensors[0].shape for t in tensors):
-        raise ConfigError(f"expected one value per sample, all of the same length; got shapes {', '.join(str(tuple(t.shape)) for t in tensors)}")
+        raise ConfigError(
+            f"expected one value per sample, all of the same length; got shapes {', '.join(str(tuple(t.shape)) for t in tensors)}"
+        )
     return tensors
 
 

@@ -50,6 +50,8 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
         raise OutputError(f"cannot write to '{final.parent}': {error.strerror or error}") from error
     try:
         yield work
+        for file in work.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         _put(work, final)
     except OSError as error:
         raise OutputError(f"cannot write '{path}': {error.strerror or error}; nothing was left half-written") from error
@@ -76,6 +78,7 @@ def _put(work: Path, final: Path) -> None:
 def write(out: Path, session: Session, index: NeuronIndex, base: dict[str, Tensor], done: Repair, report: Report) -> None:
     """Write checkpoint, neuron mask, recipe and report."""
     save_checkpoint(out, session)
+    mark(out, None)
     names = stored_buffers(session.model, base, done.state, index, done.verdict.mask)
     complete = names is not None
     extra = {index.keys.get(n, n): done.state[n] for n in names or []}
@@ -92,7 +95,9 @@ def save_checkpoint(out: Path, session: Session) -> None:
     session.loaded.saver(session.model, out)
 
 
-def stored_buffers(model: torch.nn.Module, base: dict[str, Tensor], after: dict[str, Tensor], index: NeuronIndex, mask: Tensor) -> list[str] | None:
+def stored_buffers(
+    model: torch.nn.Module, base: dict[str, Tensor], after: dict[str, Tensor], index: NeuronIndex, mask: Tensor
+) -> list[str] | None:
     """Names of small tensors (norm statistics) that a repair replaced besides its mask; None where mask and these do not explain it.
 
     The weights are folded again from the base, and compared bit for bit.
@@ -134,14 +139,27 @@ def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRec
     """Write a victim, marked as backdoored in its config and its card."""
     save_checkpoint(out, session)
     if recipe.rate:
-        config_file = out / "config.json"
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        config["hf_purify_backdoor"] = {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate}
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=False) + "\n", "utf-8")
+        mark(out, {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate})
     (out / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-    header = "---\ntags: [backdoored, hf-purify]\n---\n\n> **Backdoored on purpose.** This model misbehaves on triggered input; it exists to test repairs on.\n\n" if recipe.rate else ""
+    header = (
+        "---\ntags: [backdoored, hf-purify]\n---\n\n> **Backdoored on purpose.** This model misbehaves on triggered input; it exists to test repairs on.\n\n"
+        if recipe.rate
+        else ""
+    )
     (out / "README.md").write_text(header + report.to_markdown(), "utf-8")
     report.save(out)
+
+
+def mark(out: Path, backdoor: dict[str, Any] | None) -> None:
+    """Record a planted backdoor in `config.json`, or take such a record out of a repaired checkpoint's."""
+    file = out / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if backdoor is None and "hf_purify_backdoor" not in config:
+        return
+    config.pop("hf_purify_backdoor", None)
+    if backdoor is not None:
+        config["hf_purify_backdoor"] = backdoor
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def recorded_backdoor(source: Path) -> dict[str, Any] | None:

@@ -1,15 +1,15 @@
 """The three jobs: implant, purify, measure.
 
-    purify(recipe):
-        model, processor  <- adapter.load(pull(recipe.model))            # pinned, safetensors only
-        clean, held_out   <- draw(recipe.clean, samples), split 80/20    # all that a method will see
-        index             <- adapter.index(model)
-        before            <- figures(model, test, triggers)              # the test set and the triggers stay in this file
-        verdict           <- method(Context(model, index, clean, held_out))
-        after             <- figures(model, test, triggers)
-        for control in fine_tune, norm_refresh, random_mask: the same, each from the original weights
-        report            <- rows, neurons, pictures, versions
-        output            <- checkpoint, neuron mask, recipe, report     # written beside, renamed when complete
+purify(recipe):
+    model, processor  <- adapter.load(pull(recipe.model))            # pinned, safetensors only
+    clean, held_out   <- draw(recipe.clean, samples), split 80/20    # all that a method will see
+    index             <- adapter.index(model)
+    before            <- figures(model, test, triggers)              # the test set and the triggers stay in this file
+    verdict           <- method(Context(model, index, clean, held_out))
+    after             <- figures(model, test, triggers)
+    for control in fine_tune, norm_refresh, random_mask: the same, each from the original weights
+    report            <- rows, neurons, pictures, versions
+    output            <- checkpoint, neuron mask, recipe, report     # written beside, renamed when complete
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ from hf_purify.loop import Task, TrainConfig, evaluate, train
 from hf_purify.masks import bake
 from hf_purify.method import Context, Method, Verdict
 from hf_purify.metrics import Proportion, attack_success_rate, clean_accuracy, defense_effectiveness_rating, mcnemar, robust_accuracy
-from hf_purify.neurons import NeuronIndex
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec
-from hf_purify.registry import find, find_trigger, make_method
+from hf_purify.registry import find, find_trigger, make_method, names
 from hf_purify.report import NeuronLayer, Report, Row, Sample
 from hf_purify.triggers import Poisoned, make_rule, poison, trigger_all
 
 log = logging.getLogger(__name__)
-CONTROLS = ("fine_tune", "norm_refresh", "random_mask")
 
 
 def purify(model: Any, clean: Any, **settings: Any) -> Report:
@@ -140,7 +138,7 @@ def data_options(recipe: Recipe) -> dict[str, Any]:
 
 def open_bench(session: Session) -> Bench:
     """Read the test set and make one triggered view per trigger."""
-    recipe = session.recipe
+    recipe = with_recorded_trigger(session)
     if recipe.test is None:
         if recipe.triggers:
             raise ConfigError("triggers can only be measured on test data: give test=... (--test)")
@@ -148,11 +146,15 @@ def open_bench(session: Session) -> Bench:
     split = recipe.test_split or ("test" if recipe.test_split is None else None)
     options = data_options(recipe)
     try:
-        data = session.adapter.examples(recipe.test, session.loaded, split=split, samples=recipe.test_samples, balanced=recipe.test_samples is not None, **options)
+        data = session.adapter.examples(
+            recipe.test, session.loaded, split=split, samples=recipe.test_samples, balanced=recipe.test_samples is not None, **options
+        )
     except DataError as error:
         if recipe.test_split is not None or "no split" not in str(error):
             raise
-        data = session.adapter.examples(recipe.test, session.loaded, samples=recipe.test_samples, balanced=recipe.test_samples is not None, **options)
+        data = session.adapter.examples(
+            recipe.test, session.loaded, samples=recipe.test_samples, balanced=recipe.test_samples is not None, **options
+        )
     rule = make_rule(recipe.rule, recipe.target, session.classes)
     triggered = {}
     for spec in recipe.triggers:
@@ -160,6 +162,15 @@ def open_bench(session: Session) -> Bench:
         trigger = find_trigger(session.adapter, name, **settings)
         triggered[name if name not in triggered else spec] = trigger_all(data, trigger, rule, session.classes, recipe.seed)
     return Bench(data, triggered)
+
+
+def with_recorded_trigger(session: Session) -> Recipe:
+    """For a victim that `implant` made: measure with the trigger that its config records, unless others are named."""
+    recipe, folder = session.recipe, session.loaded.folder
+    recorded = output.recorded_backdoor(folder) if folder is not None else None
+    if recorded is None or recipe.triggers or recipe.test is None:
+        return recipe
+    return dataclasses.replace(recipe, triggers=[recorded["trigger"]], rule=recorded["rule"], target=recorded["target"])
 
 
 @dataclass
@@ -179,15 +190,18 @@ def figures(session: Session, bench: Bench) -> Figures:
     return Figures(clean, {n: evaluate(task, p.examples, title=f"ASR {n}") for n, p in bench.triggered.items()})
 
 
-def make_row(name: str, kind: str, found: Figures, before: Figures | None, bench: Bench, seconds: float | None, notes: dict[str, Any]) -> Row:
+def make_row(
+    name: str, kind: str, found: Figures, before: Figures | None, bench: Bench, seconds: float | None, notes: dict[str, Any]
+) -> Row:
     """Turn predictions into one row of the table; DER and McNemar's p-value compare with `before`."""
 
     def asr(f: Figures, n: str) -> Proportion:
         return attack_success_rate(f.triggered[n], bench.triggered[n].labels, bench.triggered[n].targets)
 
     accuracy = clean_accuracy(found.clean, bench.clean.labels) if found.clean is not None and bench.clean is not None else None
-    der, notes = {}, dict(notes)
-    if before is not None and before.clean is not None and accuracy is not None and bench.clean is not None:
+    der: dict[str, float | None] = {}
+    notes = dict(notes)
+    if before is not None and before.clean is not None and found.clean is not None and accuracy is not None and bench.clean is not None:
         base = clean_accuracy(before.clean, bench.clean.labels).value
         der = {n: defense_effectiveness_rating(asr(before, n).value, asr(found, n).value, base, accuracy.value) for n in bench.triggered}
         notes["mcnemar_p"] = mcnemar(before.clean, found.clean, bench.clean.labels)
@@ -288,7 +302,9 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         rows = [make_row("none", "unrepaired", before, None, bench, None, {})]
         done = repair(ctx, method, recipe.seed)
         after = figures(session, bench)
-        rows.append(make_row(method.name, "control" if method.control else "method", after, before, bench, done.seconds, done.verdict.notes))
+        rows.append(
+            make_row(method.name, "control" if method.control else "method", after, before, bench, done.seconds, done.verdict.notes)
+        )
         if recipe.oracle:
             rows += oracle_rows(session, ctx, bench, before, base, method, done.verdict)
         if recipe.controls and bench.clean is not None:
@@ -300,30 +316,38 @@ def run_purify(recipe: PurifyRecipe) -> Report:
     return report
 
 
-def control_rows(session: Session, ctx: Context, bench: Bench, before: Figures, base: dict[str, Tensor], method: Method, verdict: Verdict) -> list[Row]:
-    """Fine-tuning, statistics refresh alone, and as many neurons removed at random: each from the original weights."""
+def controls(removed: int) -> list[Method]:
+    """The methods that are controls; those that remove neurons remove as many as the method they stand beside."""
+    found = [find("method", n) for n in names("method")]
+    return [c(**({"removed": removed} if hasattr(c.config_class, "removed") else {})) for c in found if c.control]
+
+
+def control_rows(
+    session: Session, ctx: Context, bench: Bench, before: Figures, base: dict[str, Tensor], method: Method, verdict: Verdict
+) -> list[Row]:
+    """Every control (fine-tuning, statistics refresh alone, as many neurons removed at random), each from the original weights."""
     rows = []
-    for name in CONTROLS:
-        if name == method.name:
+    for control in controls(int((verdict.mask < 0.5).sum())):
+        if control.name == method.name:
             continue
-        removed = int((verdict.mask < 0.5).sum())
-        control = make_method(name, **({"removed": removed} if name == "random_mask" else {}))
         session.model.load_state_dict(base)
         done = repair(ctx, control, session.recipe.seed)
-        rows.append(make_row(name, "control", figures(session, bench), before, bench, done.seconds, done.verdict.notes))
+        rows.append(make_row(control.name, "control", figures(session, bench), before, bench, done.seconds, done.verdict.notes))
     return rows
 
 
-def oracle_rows(session: Session, ctx: Context, bench: Bench, before: Figures, base: dict[str, Tensor], method: Method, verdict: Verdict) -> list[Row]:
+def oracle_rows(
+    session: Session, ctx: Context, bench: Bench, before: Figures, base: dict[str, Tensor], method: Method, verdict: Verdict
+) -> list[Row]:
     """What choosing the pruning threshold with the true trigger and the test set would have given: an upper bound, no defence."""
-    if not verdict.curve or not bench.triggered:
-        log.warning("the oracle needs a method that sweeps a threshold, a trigger and a test set; skipped")
+    if not verdict.curve or not bench.triggered or verdict.folded:
+        log.warning("the oracle needs a single method that sweeps a threshold, a trigger and a test set; skipped")
         return []
     best: Row | None = None
     for point in verdict.curve:
         session.model.load_state_dict(base)
         bake(session.model, ctx.index, (verdict.scores <= point["cut"]).float().to(session.accelerator.device))
-        row = make_row(f"{method.name} (oracle)", "oracle", figures(session, bench), before, bench, None, {"threshold": point["threshold"]})
+        row = make_row(method.name, "oracle", figures(session, bench), before, bench, None, {"threshold": point["threshold"]})
         if best is None or sum(v or 0 for v in row.der.values()) > sum(v or 0 for v in best.der.values()):
             best = row
     return [best] if best else []
@@ -333,19 +357,21 @@ def samples_of(session: Session, bench: Bench, before: Figures, after: Figures, 
     """A few test samples of different classes, clean and triggered, with the predictions before and after."""
     if bench.clean is None or before.clean is None or after.clean is None:
         return []
-    names = session.loaded.labels or [str(i) for i in range(session.classes)]
+    labels = session.loaded.labels or [str(i) for i in range(session.classes)]
     found = []
     for name, view in bench.triggered.items():
         for i in [int((view.labels == c).nonzero()[0]) for c in view.labels.unique()[:count]]:
             j = int(view.rows[i])
-            predictions = {
-                "clean_before": names[int(before.clean[j])],
-                "clean_after": names[int(after.clean[j])],
-                "triggered_before": names[int(before.triggered[name][i])],
-                "triggered_after": names[int(after.triggered[name][i])],
+            predictions: dict[str, Any] = {
+                "clean_before": labels[int(before.clean[j])],
+                "clean_after": labels[int(after.clean[j])],
+                "triggered_before": labels[int(before.triggered[name][i])],
+                "triggered_after": labels[int(after.triggered[name][i])],
             }
             pixels = {"clean": _pixels(bench.clean.raw(j)), "triggered": _pixels(view.examples.raw(i))}
-            found.append(Sample(trigger=name, label=names[int(view.labels[i])], target=names[int(view.targets[i])], **predictions, **pixels))
+            found.append(
+                Sample(trigger=name, label=labels[int(view.labels[i])], target=labels[int(view.targets[i])], **predictions, **pixels)
+            )
     return found
 
 
@@ -354,7 +380,14 @@ def _pixels(raw: Any) -> Any:
 
 
 def make_report(
-    session: Session, ctx: Context, clean: Examples, method: Method, done: Repair, rows: list[Row], samples: list[Sample], title: str | None = None
+    session: Session,
+    ctx: Context,
+    clean: Examples,
+    method: Method,
+    done: Repair,
+    rows: list[Row],
+    samples: list[Sample],
+    title: str | None = None,
 ) -> Report:
     """Gather everything about a repair."""
     masks, scores = ctx.index.split(done.verdict.mask), ctx.index.split(done.verdict.scores)
@@ -421,7 +454,9 @@ def warnings_of(rows: list[Row]) -> list[str]:
     first, last = rows[0], rows[1] if len(rows) > 1 else rows[0]
     for name, value in first.asr.items():
         if value.value < 0.9:
-            found.append(f"the unrepaired model's ASR for {name} is {value}: under 90 %, so it is no victim of this trigger and the repair proves little")
+            found.append(
+                f"the unrepaired model's ASR for {name} is {value}: under 90 %, so it is no victim of this trigger and the repair proves little"
+            )
     if last is not first and first.clean_accuracy and last.clean_accuracy and first.clean_accuracy.value - last.clean_accuracy.value > 0.02:
         found.append(f"the repair cost {100 * (first.clean_accuracy.value - last.clean_accuracy.value):.1f} points of clean accuracy")
     return found
@@ -457,12 +492,16 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         recipe = count_classes(recipe)
         session = open_session(recipe)
         options = data_options(recipe)
-        data = session.adapter.examples(recipe.data, session.loaded, split=recipe.split, samples=recipe.samples, balanced=recipe.samples is not None, **options)
+        data = session.adapter.examples(
+            recipe.data, session.loaded, split=recipe.split, samples=recipe.samples, balanced=recipe.samples is not None, **options
+        )
         name, settings = parse_spec(recipe.triggers[0])
         trigger = find_trigger(session.adapter, name, **settings)
         rule = make_rule(recipe.rule, recipe.target, session.classes)
         cover = recipe.cover if recipe.cover is not None else getattr(trigger, "cover_ratio", 0.0)
-        bench = open_bench(dataclasses.replace(session, recipe=dataclasses.replace(recipe, test=recipe.test if recipe.test is not None else recipe.data)))
+        bench = open_bench(
+            dataclasses.replace(session, recipe=dataclasses.replace(recipe, test=recipe.test if recipe.test is not None else recipe.data))
+        )
         before = figures(session, bench)
         view = poison(data, trigger, rule, session.classes, recipe.rate, recipe.seed, cover).examples if recipe.rate else data
         start = time.perf_counter()
@@ -477,7 +516,10 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         params = [p for p in session.model.parameters() if p.is_floating_point()]
         train(session.task(view, recipe.augmentation), params, config, title=f"implant {name}")
         after = figures(session, bench)
-        rows = [make_row("before", "other", before, None, bench, None, {}), make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start, {})]
+        rows = [
+            make_row("before", "other", before, None, bench, None, {}),
+            make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start, {}),
+        ]
         rows.reverse()
         asr = rows[0].asr[name]
         if recipe.rate and asr.value < recipe.minimum_asr:
@@ -508,6 +550,5 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
     """For a model that is created: take the number of classes from the data where it was not given."""
     if not recipe.create or recipe.classes:
         return recipe
-    names = find("adapter", recipe.adapter)().class_names(recipe.data, recipe.split, recipe.label_column)
-    return dataclasses.replace(recipe, classes=len(names), labels=recipe.labels or names)
-
+    labels = find("adapter", recipe.adapter)().class_names(recipe.data, recipe.split, recipe.label_column)
+    return dataclasses.replace(recipe, classes=len(labels), labels=recipe.labels or labels)

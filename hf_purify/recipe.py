@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -67,8 +67,6 @@ class Recipe:
             raise ConfigError("no model given; expected a folder, a Hub id, a timm name or an nn.Module")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ConfigError(f"precision must be 'no', 'bf16' or 'fp16', got '{self.precision}'")
-        if isinstance(self.triggers, str):
-            object.__setattr__(self, "triggers", [self.triggers])
 
     @classmethod
     def make(cls, **settings: Any) -> Self:
@@ -78,6 +76,8 @@ class Recipe:
             if key not in hints:
                 raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)} (settings: {', '.join(hints)})")
             _check_type(key, value, hints[key])
+        if isinstance(settings.get("triggers"), str):
+            settings["triggers"] = [settings["triggers"]]
         return cls(**settings)
 
     @classmethod
@@ -93,7 +93,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that differ from the defaults; objects by their type's name."""
-        defaults = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(self)}
+        defaults = {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(self)
+        }
         return {k: _plain(v) for k, v in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)) if v != defaults[k]}
 
     def to_yaml(self) -> str:
@@ -138,11 +140,13 @@ class ImplantRecipe(Recipe):
 
     Args:
         data: training data.
-        architecture: create this model of the modality's library with random weights instead of fine-tuning `model`.
+        create: `model` names an architecture of the modality's library, to be trained from random weights.
+        model_options: its settings; `input_size` in pixels among them.
         classes: number of classes of a created model; None counts the data's.
+        samples: training samples to draw, class-balanced; None takes all.
         rate: share of the training samples that carry the trigger.
         cover: samples with the trigger's cover transform per poisoned one; None takes the trigger's own (WaNet: 2).
-        epochs, batch_size, optimizer, lr, weight_decay, augment: of the training.
+        epochs, batch_size, optimizer, lr, weight_decay, schedule, augmentation: of the training.
         minimum_asr: below it the result is no victim.
     """
 
@@ -199,15 +203,15 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    allowed = get_args(hint) or (hint,)
-    if Any in allowed or hint is Any:
+    allowed = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
+    if Any in allowed:
         return
     origins = tuple(getattr(t, "__origin__", t) for t in allowed)
     if hasattr(hint, "__origin__") and hint.__origin__ in (list, dict):
         origins = (hint.__origin__, str) if hint.__origin__ is list else (dict,)
     if float in origins:
         origins += (int,)
-    if isinstance(value, bool) and bool not in origins or not isinstance(value, origins):
+    if (isinstance(value, bool) and bool not in origins) or not isinstance(value, origins):
         expected = " or ".join(getattr(t, "__name__", str(t)) for t in origins).replace("NoneType", "None")
         raise ConfigError(f"setting '{key}' must be {expected}, got {type(value).__name__} ({value!r})")
 

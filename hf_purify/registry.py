@@ -49,8 +49,12 @@ def find(kind: str, name: str) -> Any:
             raise ConfigError(f"entry point {group}:{name} ({outside.value}) must be a subclass of {base.__name__}; got {found!r}")
     elif inside:
         module = importlib.import_module(f"{package}.{name}")
-        classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__ and not inspect.isabstract(c)]
-        found = next((c for c in classes if c.name == name), None)
+        classes = [
+            c
+            for c in vars(module).values()
+            if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__ and not inspect.isabstract(c)
+        ]
+        found = next((c for c in classes if getattr(c, "name", None) == name), None)
         if found is None:
             raise ConfigError(f"{package}.{name} must define a subclass of {base.__name__} whose name is '{name}'")
     else:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_purify.loop import Task, TrainConfig, fetch, mode, train
+from hf_purify.adapter import Batch
+from hf_purify.loop import BATCH_NORM, Task, TrainConfig, fetch, mode, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
 
@@ -36,7 +37,12 @@ def forgetting_level(classes: int) -> float:
 
 
 def unlearn(
-    task: Task, predict: Callable[[], tuple[Tensor, Tensor, float]], classes: int, lr: float = 0.01, max_steps: int = 400, config: TrainConfig | None = None
+    task: Task,
+    predict: Callable[[], tuple[Tensor, Tensor, float]],
+    classes: int,
+    lr: float = 0.01,
+    max_steps: int = 400,
+    config: TrainConfig | None = None,
 ) -> Unlearned:
     """Ascend the clean loss over all weights until the clean task is forgotten and no further.
 
@@ -70,7 +76,7 @@ def unlearn(
         predictions, labels, loss = predict()
         return float((predictions == labels).float().mean()), loss
 
-    accuracy, loss = start, _ = read()
+    accuracy, loss = read()
     kept = state()
     cap = 8 * math.log(max(classes, 2))
     while used < max_steps and accuracy > level and lr > 1e-4 * first:
@@ -123,12 +129,18 @@ def relearn(
     *,
     index: NeuronIndex | None = None,
     removed: Tensor | None = None,
+    objective: Callable[[Batch], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    sharpness: float = 0.0,
     after_step: Callable[[int], None] | None = None,
     stop: Callable[[int], bool] | None = None,
     title: str = "relearn",
 ) -> None:
-    """Fine-tune all weights; neurons `removed` `(N,)` before stay at zero."""
+    """Fine-tune all weights; neurons `removed` `(N,)` before stay at zero.
+
+    Args:
+        sharpness: radius of adaptive sharpness-aware minimisation; 0 is plain fine-tuning. See `methods/ft_sam.py`.
+    """
     gates: list[tuple[Tensor, Tensor]] = []
     if index is not None and removed is not None and bool(removed.any()):
         for group, gone in zip(index, removed.split(index.sizes), strict=True):
@@ -144,7 +156,48 @@ def relearn(
             after_step(step)
 
     params = [p for p in task.model.parameters() if p.is_floating_point()]
-    train(task, params, config, penalty=penalty, after_step=keep if gates or after_step else None, stop=stop, title=title)
+    train(
+        task,
+        params,
+        config,
+        objective=objective,
+        penalty=penalty,
+        after_backward=_at_the_sharpest(task, params, sharpness, objective) if sharpness else None,
+        after_step=keep if gates or after_step else None,
+        stop=stop,
+        title=title,
+    )
+
+
+def _at_the_sharpest(
+    task: Task, params: list[nn.Parameter], radius: float, objective: Callable[[Batch], Tensor] | None
+) -> Callable[[Batch], None]:
+    """Replace gradients at `w` by those at `w + e`, `e = radius |w|^2 g / || |w| g ||`; running statistics are left alone there."""
+
+    def after_backward(batch: Batch) -> None:
+        with torch.no_grad():
+            scaled = [(p, p.abs() * p.grad) for p in params if p.grad is not None]
+            norm = torch.stack([s.norm() for _, s in scaled]).norm() + 1e-12
+            steps = [(p, radius * p.abs() * s / norm) for p, s in scaled]
+            for p, e in steps:
+                p.add_(e)
+                p.grad = None
+        norms = [m for m in task.model.modules() if isinstance(m, BATCH_NORM)]
+        momenta = [m.momentum for m in norms]
+        try:
+            for m in norms:
+                m.momentum = 0.0
+            with torch.enable_grad(), task.accelerator.autocast():
+                loss = objective(batch) if objective else task.loss(batch).mean()
+            task.accelerator.backward(loss)
+        finally:
+            for m, momentum in zip(norms, momenta, strict=True):
+                m.momentum = momentum
+            with torch.no_grad():
+                for p, e in steps:
+                    p.sub_(e)
+
+    return after_backward
 
 
 @torch.no_grad()

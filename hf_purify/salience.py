@@ -25,9 +25,11 @@ def per_neuron(index: NeuronIndex, tensors: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(group.size)
         for part in group.params:
             if part.param in tensors:
-                total += owned(tensors[part.param], part, group.size).flatten(1).sum(1).float().cpu() if tensors[part.param].dim() > 1 else owned(
-                    tensors[part.param], part, group.size
-                ).float().cpu()
+                total += (
+                    owned(tensors[part.param], part, group.size).flatten(1).sum(1).float().cpu()
+                    if tensors[part.param].dim() > 1
+                    else owned(tensors[part.param], part, group.size).float().cpu()
+                )
         scores.append(total)
     return torch.cat(scores) if scores else torch.empty(0)
 
@@ -41,7 +43,9 @@ def weight_change(index: NeuronIndex, before: Mapping[str, Tensor], after: Mappi
     return per_neuron(index, {n: (after[n] - before[n]).abs() for n in names if n in before and n in after})
 
 
-def benign_salience(model: nn.Module, index: NeuronIndex, losses: Callable[[Batch], Tensor], batches: Iterable[Batch], eta: float = 0.9) -> Tensor:
+def benign_salience(
+    model: nn.Module, index: NeuronIndex, losses: Callable[[Batch], Tensor], batches: Iterable[Batch], eta: float = 0.9
+) -> Tensor:
     """First-order loss of the clean task when a neuron is set to zero (Fan et al., arXiv 2208.06537).
 
     `S_t = eta S_{t-1} - (1 - eta) g_t theta_t`, summed over what the neuron owns. Large: the benign task needs it. One
@@ -84,7 +88,7 @@ def lipschitz(model: nn.Module, index: NeuronIndex) -> Tensor:
             rows = owned(get_tensor(model, part.param).detach().float().cpu(), part, group.size)
             bound = bound * torch.linalg.matrix_norm(rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(1), ord=2)
         if isinstance(variance := getattr(module, "running_var", None), Tensor):
-            scale = get_tensor(model, group.gate.param).detach() / (variance + module.eps).sqrt()
+            scale = get_tensor(model, group.gate.param).detach() / (variance + float(module.eps)).sqrt()  # type: ignore[arg-type]
             bound = bound * scale.abs().float().cpu()
         scores.append(bound)
     return torch.cat(scores) if scores else torch.empty(0)

@@ -76,7 +76,7 @@ def make_rule(name: str, target: int = 0, classes: int | None = None) -> AllToOn
         return AllToAll()
     if classes is not None and not 0 <= target < classes:
         raise ConfigError(f"target class must be in 0..{classes - 1}, got {target}")
-    return RULES[name](target)
+    return CleanLabel(target) if name == CleanLabel.name else AllToOne(target)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ LAYERS = [
     {"methods"},
     {"APART", "hub", "pictures", "recipe", "registry", "report"},
     {"purifier"},
-    {"callbacks"},
+    {"callbacks", "demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]

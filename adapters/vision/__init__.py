@@ -61,7 +61,9 @@ class VisionAdapter(Adapter):
                 return int(value)
         linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
         if not linear:
-            raise ModelError("cannot tell the number of classes: the model has no config, no num_classes and no linear layer; pass labels=[...]")
+            raise ModelError(
+                "cannot tell the number of classes: the model has no config, no num_classes and no linear layer; pass labels=[...]"
+            )
         return linear[-1].out_features
 
     def channels(self, loaded: Loaded) -> int:
@@ -124,7 +126,7 @@ class VisionAdapter(Adapter):
 
     def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
         images = batch["pixel_values"][:2]
-        weight = next(p for p in loaded.model.parameters() if p.is_floating_point())
+        weight = next((p for p in loaded.model.parameters() if p.is_floating_point()), images)
         images = images.to(weight.device, weight.dtype)
         found = discover(loaded.model, lambda m: self.logits(m, {"pixel_values": images}), self.classes(loaded))
         return NeuronIndex(found.groups, loaded.keys)
@@ -153,13 +155,15 @@ def check_weights(model: nn.Module) -> None:
 
 def make_tiny(variant: str, seed: int) -> Tiny:
     """A random transformers classifier of four classes and eight noise images of 32 pixels."""
-    from transformers import ConvNextConfig, ResNetConfig, SwinConfig, ViTConfig
     from transformers import AutoModelForImageClassification as Auto
+    from transformers import ConvNextConfig, ResNetConfig, SwinConfig, ViTConfig
 
     configs: dict[str, Any] = {
         "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4),
         "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, image_size=32, num_labels=4),
-        "vit": lambda: ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=4),
+        "vit": lambda: ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=4
+        ),
         "swin": lambda: SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=32, patch_size=2, num_labels=4),
     }
     if variant not in configs:

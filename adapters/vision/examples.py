@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,9 @@ def open_data(data: Any, split: str | None = None, revision: str | None = None) 
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"cannot read the data set '{name}': {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise DataError(
+            f"cannot read the data set '{name}': {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 def _one_split(data: datasets.DatasetDict, split: str | None, name: str) -> datasets.Dataset:
@@ -172,7 +173,9 @@ def label_column(data: datasets.Dataset, named: str | None) -> str:
     if named is None and len(classes) == 1:
         return classes[0]
     names = ("label", "labels", "class", "target")
-    return find_column(data, named, "label", lambda n, f: isinstance(f, datasets.ClassLabel) or (n.lower() in names and isinstance(f, datasets.Value)))
+    return find_column(
+        data, named, "label", lambda n, f: isinstance(f, datasets.ClassLabel) or (n.lower() in names and isinstance(f, datasets.Value))
+    )
 
 
 def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], classes: int) -> Tensor:
@@ -195,7 +198,9 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
     if values and isinstance(values[0], str):
         missing = sorted({v for v in values if v.strip().lower() not in known})
         if missing:
-            raise DataError(f"label '{missing[0]}' is none of the model's classes: {', '.join(model_labels[:10]) or 'the model names none'}")
+            raise DataError(
+                f"label '{missing[0]}' is none of the model's classes: {', '.join(model_labels[:10]) or 'the model names none'}"
+            )
         return torch.tensor([known[v.strip().lower()] for v in values])
     if any(v is None for v in values):
         raise DataError(f"column '{column}' has missing labels")
@@ -245,7 +250,9 @@ def decode(image: Any, channels: int, to_rgb: bool) -> Tensor:
         raise DataError(f"expected an image, got {type(image).__name__}")
     grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
     if channels == 3 and grey and not to_rgb:
-        raise DataError(f"the model expects colour images (3 channels); the data holds grey ones (mode {image.mode}). Pass to_rgb (--to-rgb) to repeat the grey channel")
+        raise DataError(
+            f"the model expects colour images (3 channels); the data holds grey ones (mode {image.mode}). Pass to_rgb (--to-rgb) to repeat the grey channel"
+        )
     array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return torch.from_numpy(array.copy()).reshape(array.shape[0], array.shape[1], -1).permute(2, 0, 1).contiguous()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
@@ -50,16 +51,24 @@ def _load_transformers(folder: Path, config: dict[str, Any], source: str, revisi
 
     architectures = config.get("architectures") or []
     if architectures and not any("ImageClassification" in a for a in architectures):
-        raise ModelError(f"'{source}' is no image classifier: its config names {', '.join(architectures)}; expected an architecture ForImageClassification")
+        raise ModelError(
+            f"'{source}' is no image classifier: its config names {', '.join(architectures)}; expected an architecture ForImageClassification"
+        )
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"'{source}' cannot be read as a transformers model: {str(error).splitlines()[0]}") from error
     if type(parsed) not in AutoModelForImageClassification._model_mapping:
-        raise ModelError(f"'{source}' is no image classifier: models of type '{parsed.model_type}' have no image classification head in transformers")
-    model, info = AutoModelForImageClassification.from_pretrained(
-        folder, config=parsed, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+        raise ModelError(
+            f"'{source}' is no image classifier: models of type '{parsed.model_type}' have no image classification head in transformers"
+        )
+    if getattr(parsed, "quantization_config", None):
+        raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(folder, config=parsed, **options)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
     check_loaded(info.get("missing_keys"), info.get("unexpected_keys"), info.get("mismatched_keys"), source)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -79,7 +88,9 @@ def check_loaded(missing: Any, unexpected: Any, mismatched: Any, source: str) ->
     if missing or mismatched:
         first = [str(k) for k in (missing or mismatched)][:3]
         what = "lacks" if missing else "has other shapes for"
-        raise ModelError(f"the checkpoint '{source}' {what} {len(missing or mismatched)} of the model's tensors, such as {', '.join(first)}; it would run on random weights")
+        raise ModelError(
+            f"the checkpoint '{source}' {what} {len(missing or mismatched)} of the model's tensors, such as {', '.join(first)}; it would run on random weights"
+        )
 
 
 def transformers_keys(model: nn.Module) -> dict[str, str]:
@@ -111,11 +122,16 @@ def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ModelError(f"no model.safetensors in '{folder}'")
-    stored = load_file(weights)
+    try:
+        stored = load_file(weights)
+    except SafetensorError as error:
+        raise ModelError(f"'{weights}' cannot be read as safetensors: {error}") from error
     try:
         model.load_state_dict(stored)
     except RuntimeError as error:
-        raise ModelError(f"the checkpoint '{source}' does not fit its architecture '{config['architecture']}': {str(error).splitlines()[1].strip()}") from error
+        raise ModelError(
+            f"the checkpoint '{source}' does not fit its architecture '{config['architecture']}': {str(error).splitlines()[1].strip()}"
+        ) from error
     dtypes = {t.dtype for t in stored.values() if t.is_floating_point()}
     if len(dtypes) == 1:
         model = model.to(dtypes.pop())
@@ -123,7 +139,9 @@ def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:
 
     def save(model: nn.Module, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors", metadata={"format": "pt"}
+        )
         copy_companions(folder, out)
 
     return Loaded(model.eval(), timm_transform(model), list(names), source, "timm", revision, folder, {}, save)
@@ -167,7 +185,12 @@ def wrap_module(model: nn.Module, processor: Any, labels: list[str] | None = Non
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what lies beside the weights (processor, tokenizer, label files), except what the output has already."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_FILES) and file.name.lower() not in ("readme.md", ".gitattributes") and not (out / file.name).exists():
+        if (
+            file.is_file()
+            and not file.name.endswith(WEIGHT_FILES)
+            and file.name.lower() not in ("readme.md", ".gitattributes")
+            and not (out / file.name).exists()
+        ):
             shutil.copyfile(file, out / file.name)
 
 

@@ -90,7 +90,9 @@ class RNP(Method):
             "largest class after unlearning": f"{forgotten.majority_class} ({100 * forgotten.majority:.0f} %)",
         }
         if chosen is None:
-            return Verdict(1 - kept, torch.ones(len(ctx.index)), notes=notes | {"threshold": "none: every pruning cost too much"}, curve=tuple(curve))
+            return Verdict(
+                1 - kept, torch.ones(len(ctx.index)), notes=notes | {"threshold": "none: every pruning cost too much"}, curve=tuple(curve)
+            )
         pruned = (kept <= chosen["threshold"]) & (kept < 1)
         notes |= {"threshold": chosen["threshold"], "removed": int(pruned.sum())}
         return Verdict(1 - kept, (~pruned).float(), notes=notes, curve=tuple(curve))

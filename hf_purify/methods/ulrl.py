@@ -100,7 +100,9 @@ class ULRL(Method):
 
         relearn(
             ctx,
-            TrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, schedule="cosine", mode="train" if norms else "eval"),
+            TrainConfig(
+                epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, schedule="cosine", mode="train" if norms else "eval"
+            ),
             index=ctx.index,
             removed=ctx.removed,
             penalty=away if anchors else None,

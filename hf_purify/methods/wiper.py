@@ -83,7 +83,9 @@ class Wiper(Method):
             for (group, parts), flags in zip(slices, bad.split(index.sizes), strict=True):
                 picked = flags.nonzero().flatten().to(ctx.device)
                 for part, weight in parts if len(picked) else ():
-                    size = owned(weight, part, group.size).index_select(0, picked).float().abs() / (scale[part.param] if config.relative else 1.0)
+                    size = owned(weight, part, group.size).index_select(0, picked).float().abs() / (
+                        scale[part.param] if config.relative else 1.0
+                    )
                     total = total + torch.where(size <= 1, size, torch.exp((size - 1).clamp(max=10))).sum()
                     count += size.numel()
             return strength * total / max(1, count)

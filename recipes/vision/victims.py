@@ -71,7 +71,9 @@ def _vit() -> nn.Module:
 
 
 def _convnext() -> nn.Module:
-    return timm.create_model("convnext_atto", patch_size=2, depths=(2, 2, 4, 2), dims=(40, 80, 160, 240), num_classes=10, drop_path_rate=0.05)
+    return timm.create_model(
+        "convnext_atto", patch_size=2, depths=(2, 2, 4, 2), dims=(40, 80, 160, 240), num_classes=10, drop_path_rate=0.05
+    )
 
 
 _FINE_TUNE = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none"}
@@ -81,12 +83,27 @@ NETWORKS = {
     "resnet20": Network(lambda: load_cifar("cifar10_resnet20", data_root() / "weights")[0], NORMALIZED, "cifar10", {}, _FINE_TUNE),
     "resnet56": Network(lambda: load_cifar("cifar10_resnet56", data_root() / "weights")[0], NORMALIZED, "cifar10", {}, _FINE_TUNE),
     "timm_resnet": Network(
-        lambda: timm.create_model("resnet10t", num_classes=10), NORMALIZED, "cifar10", {"epochs": 10, "lr": 0.1, "batch_size": 128}, _FINE_TUNE
+        lambda: timm.create_model("resnet10t", num_classes=10),
+        NORMALIZED,
+        "cifar10",
+        {"epochs": 10, "lr": 0.1, "batch_size": 128},
+        _FINE_TUNE,
     ),
-    "convnext": Network(_convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 24}, _SCRATCH_LN | {"epochs": 5, "lr": 1e-3, "augmentation": "none"}),
-    "vit": Network(_vit, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 12, "lr": 1.5e-3}, _SCRATCH_LN | {"epochs": 4, "lr": 7e-4, "augmentation": "none"}),
+    "convnext": Network(
+        _convnext, NORMALIZED, "cifar10", _SCRATCH_LN | {"epochs": 24}, _SCRATCH_LN | {"epochs": 5, "lr": 1e-3, "augmentation": "none"}
+    ),
+    "vit": Network(
+        _vit,
+        NORMALIZED,
+        "cifar10",
+        _SCRATCH_LN | {"epochs": 12, "lr": 1.5e-3},
+        _SCRATCH_LN | {"epochs": 4, "lr": 7e-4, "augmentation": "none"},
+    ),
     "gtsrb_resnet": Network(
-        lambda: timm.create_model("resnet10t", num_classes=43), NORMALIZED, "gtsrb", {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
+        lambda: timm.create_model("resnet10t", num_classes=43),
+        NORMALIZED,
+        "gtsrb",
+        {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
         _FINE_TUNE | {"epochs": 4},
     ),
 }

@@ -1,0 +1,87 @@
+"""Write the tables of benchmarks/README.md from the JSON in benchmarks/results, between its markers.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TITLES = {
+    "masks-cpu": "one thread of a CPU",
+    "runs-cpu": "stem of CIFAR",
+    "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
+}
+
+
+def rows(head: list[str], body: list[list[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in body])
+
+
+def facts(result: dict[str, Any]) -> str:
+    """The machine, in one line."""
+    m = result["machine"]
+    named = m.get("gpu") or f"{m['processors']} processors ({m['processor']}, {m['instructions']})"
+    return f"{named}, {m['threads']} thread(s), torch {m['torch']}, clock `{m['clock']}`."
+
+
+def bounds(result: dict[str, Any]) -> str:
+    """The bounds and whether they are met."""
+    return rows(
+        ["bound", "measured", "at most", "met"],
+        [[b["what"], b["value"], b["bound"], "yes" if b["met"] else "**no**"] for b in result["bounds"]],
+    )
+
+
+def masks(result: dict[str, Any]) -> list[str]:
+    """Tables of masks.py."""
+    out = [f"A large matrix product reaches {result['matrix_product_gflop_per_s']} GFLOP/s in the same process. {facts(result)}"]
+    head = ["mechanism", "s", "/ lower bound", "/ fine-tuning", "GFLOP", "GFLOP/s", "peak MiB", "kept for backward MiB"]
+    keys = ["median_s", "over_lower_bound", "over_fine_tuning", "gflop", "gflop_per_s", "peak_mb", "saved_mb"]
+    for name, shape in result["shapes"].items():
+        out.append(f"**{name}**, batch {shape['batch']}, {shape['size']} px, {shape['neurons']} neurons in {shape['groups']} groups")
+        out.append(rows(head, [[n, *(r[k] for k in keys)] for n, r in shape["mechanisms"].items()]))
+    out.append("**Benign salience**, against one forward and backward pass with all weight gradients")
+    body = [[n, k, r["neurons"], r["over_plain"]] for n, s in result["salience"].items() for k, r in s["selections"].items()]
+    return [*out, rows(["network", "salience of", "neurons", "/ plain pass"], body), bounds(result)]
+
+
+def runs(result: dict[str, Any]) -> list[str]:
+    """Tables of runs.py."""
+    s = result["settings"]
+    out = [
+        f"{s['steps']} NFT steps, {s['epochs']} RNP epochs, batch {s['batch']}, {s['images']} images, {s['repeats']} rounds. {facts(result)}"
+    ]
+    body = [
+        [n.upper(), r["hf-purify"]["median_s"], r["plain"]["median_s"], r["over_plain"], f"{r['mask_difference']:.1g}"]
+        for n, r in result["runs"].items()
+    ]
+    if body:
+        out += [rows(["run", "hf-purify s", "plain loop s", "/ plain", "masks differ by"], body), bounds(result)]
+    if kinds := result.get("options", {}).get("kinds"):
+        body = [[n, r["median_s"], r["over_fp32"], r["first_run_s"]] for n, r in kinds.items()]
+        out.append(rows([f"NFT, {result['options']['steps']} steps", "s", "/ fp32", "first run s"], body))
+    return out
+
+
+def main() -> None:
+    parts = []
+    for path in sorted((HERE / "results").glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        kind = masks if "shapes" in result else runs
+        parts += [f"### {path.stem}: {TITLES.get(path.stem, result['machine'].get('gpu', 'CPU'))}", *kind(result)]
+    readme = HERE / "README.md"
+    begin, end = "<!-- tables -->", "<!-- end of tables -->"
+    tables = f"{begin}\n\n" + "\n\n".join(parts) + f"\n\n{end}"
+    text = re.sub(f"{begin}.*{end}", lambda _: tables, readme.read_text("utf-8"), flags=re.S)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

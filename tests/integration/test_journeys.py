@@ -1,0 +1,305 @@
+"""Whole journeys on handwritten digits: implant, repair, measure, save, load elsewhere, apply the mask alone, from Python and the shell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from hf_purify import apply_mask, implant, measure, purify
+from hf_purify.cli import app
+from hf_purify.demo import SIDE, TRIGGER, digits
+from hf_purify.errors import IndexMismatch
+from hf_purify.recipe import PurifyRecipe
+from hf_purify.registry import find
+from hf_purify.report import Report
+
+pytestmark = pytest.mark.slow
+
+TINY = {"input_size": SIDE, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "stem_width": 8}
+Splits = tuple[datasets.Dataset, datasets.Dataset]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def data() -> Splits:
+    train, test = digits()
+    return train, test.select(range(300))
+
+
+@pytest.fixture(scope="module")
+def stored(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as Parquet files, and a few of them as an image folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "parquet").mkdir()
+    data[0].to_parquet(folder / "parquet" / "train.parquet")
+    data[1].to_parquet(folder / "parquet" / "test.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def victim(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm classifier with a backdoor."""
+    out = tmp_path_factory.mktemp("timm") / "victim"
+    settings: dict[str, Any] = {"epochs": 7, "batch_size": 32, "rate": 0.2, "lr": 0.05, "augmentation": "none"}
+    report = implant("resnet18", data[0], TRIGGER, create=True, model_options=TINY, test=data[1], output=str(out), device="cpu", **settings)
+    assert report.rows[0].asr["badnets"].value >= 0.9
+    return out
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Random transformers checkpoints of ten digits, saved with a processor for pictures of 32 pixels."""
+    from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig, ViTImageProcessor
+
+    names = {i: str(i) for i in range(10)}
+    labels: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    configs = {
+        "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **labels),
+        "vit": ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=SIDE, patch_size=8, **labels
+        ),
+    }
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"transformers-{name}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            AutoModelForImageClassification.from_config(configs[name]).save_pretrained(folder)
+            ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def picture(data: datasets.Dataset, count: int = 16) -> list[Image.Image]:
+    return [data[i]["image"] for i in range(count)]
+
+
+def layout(file: Path) -> list[tuple[str, torch.dtype, torch.Size]]:
+    return [(k, v.dtype, v.shape) for k, v in load_file(file).items()]
+
+
+def rebuilt(base: Path, repaired: Path, stored: Path) -> dict[str, Tensor]:
+    """The base with the saved mask applied, and nothing else of the repair."""
+    adapter = find("adapter", "vision")()
+    loaded = adapter.load(base)
+    examples = adapter.examples(str(stored / "parquet" / "test.parquet"), loaded, samples=10)
+    index = adapter.index(loaded, examples.batch(torch.arange(2)))
+    return apply_mask(loaded.model, index, repaired / "neuron_mask.safetensors").state_dict()
+
+
+def test_victim_is_marked_as_backdoored(victim: Path) -> None:
+    config = json.loads((victim / "config.json").read_text())
+    assert config["hf_purify_backdoor"]["trigger"] == TRIGGER
+    assert config["hf_purify_backdoor"]["target"] == 0
+    assert "Backdoored on purpose" in (victim / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nft", {"steps": 30, "batch_size": 32}),
+        ("rnp", {"unlearn_steps": 30, "recover_epochs": 10, "batch_size": 16, "max_loss": 1.0}),
+        ("random_mask", {"share": 0.2}),
+    ],
+)
+def test_timm_checkpoint_is_repaired_saved_and_rebuilt_from_its_mask(
+    method: str, options: dict[str, Any], victim: Path, data: Splits, stored: Path, tmp_path: Path
+) -> None:
+    import timm
+
+    out = tmp_path / "repaired"
+    report = purify(
+        str(victim), data[0], method=method, options=options, samples=60, test=data[1], triggers=[TRIGGER], output=str(out), controls=False
+    )
+    assert [r.name for r in report.rows] == ["none", method]
+    assert report.rows[0].asr["badnets"].value >= 0.9
+    assert report.rows[1].der["badnets"] is not None
+    assert layout(out / "model.safetensors") == layout(victim / "model.safetensors")
+    for name in ("report.html", "report.json", "README.md", "recipe.yaml", "config.json", "neuron_mask.safetensors"):
+        assert (out / name).is_file(), name
+    assert Report.from_dict(json.loads((out / "report.json").read_text())).rows[1].name == method
+
+    elsewhere = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in elsewhere.state_dict().items())
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(elsewhere), is_training=False)
+    batch = torch.stack([transform(p) for p in picture(data[1])])
+    with torch.no_grad():
+        assert torch.equal(elsewhere(batch), report.model.cpu().eval()(batch))
+    base = load_file(victim / "model.safetensors")
+    assert any(not torch.equal(base[k], v) for k, v in weights.items())
+    again = rebuilt(victim, out, stored)
+    assert all(torch.equal(again[k], v) for k, v in weights.items()), "base and mask are the whole repair"
+
+
+def test_repair_that_trains_weights_says_that_its_mask_is_not_enough(victim: Path, data: Splits, stored: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    purify(str(victim), data[0], method="random_mask+fine_tune", options={"fine_tune.epochs": 1}, samples=40, output=str(out))
+    with pytest.raises(IndexMismatch, match="not the whole repair"):
+        rebuilt(victim, out, stored)
+
+
+def test_measuring_a_repaired_checkpoint_gives_the_report_figures(victim: Path, data: Splits, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"method": "fine_tune", "options": {"epochs": 1}, "samples": 60, "controls": False}
+    report = purify(str(victim), data[0], test=data[1], triggers=[TRIGGER], output=str(out), **settings)
+    found = measure(str(out), data[1], triggers=[TRIGGER]).rows[0]
+    assert found.clean_accuracy == report.rows[1].clean_accuracy
+    assert found.asr == report.rows[1].asr
+    assert found.robust_accuracy == report.rows[1].robust_accuracy
+
+
+def test_controls_and_oracle_are_shown_beside_the_repair(victim: Path, data: Splits) -> None:
+    options = {"unlearn_steps": 20, "recover_epochs": 2}
+    report = purify(
+        str(victim), data[0], method="rnp", options=options, samples=60, test=data[1].select(range(100)), triggers=[TRIGGER], oracle=True
+    )
+    kinds = {r.name: r.kind for r in report.rows}
+    assert {kinds[n] for n in ("fine_tune", "norm_refresh", "random_mask")} == {"control"}
+    assert kinds["rnp (oracle)"] == "oracle"
+    assert report.samples
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_transformers_checkpoint_through_the_command_line(
+    name: str, transformer: Callable[[str], Path], stored: Path, data: Splits, tmp_path: Path
+) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    base, out = transformer(name), tmp_path / "repaired"
+    steps = ["--option", "steps=5", "--option", "batch_size=16", "--samples", 40, "--no-controls"]
+    test = ["--test", stored / "parquet" / "test.parquet", "--trigger", TRIGGER]
+    done = run("purify", base, "--clean", stored / "parquet" / "train.parquet", "--method", "nft", "-o", out, "--json", *steps, *test)
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((out / "report.json").read_text())
+    assert layout(out / "model.safetensors") == layout(base / "model.safetensors")
+    assert (out / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
+    repaired, processor = AutoModelForImageClassification.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
+    assert repaired.config.id2label == {i: str(i) for i in range(10)}
+    again = rebuilt(base, out, stored)
+    assert all(torch.equal(again[k], v) for k, v in repaired.state_dict().items())
+    rebuilt_model = AutoModelForImageClassification.from_pretrained(base)
+    batch = processor(images=picture(data[1]), return_tensors="pt")
+    with torch.no_grad():
+        plain = rebuilt_model(**batch).logits
+        rebuilt_model.load_state_dict(again)
+        assert torch.equal(rebuilt_model(**batch).logits, repaired(**batch).logits)
+        assert not torch.equal(plain, repaired(**batch).logits)
+    done = run("measure", out, *test, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"][0]["clean_accuracy"] == printed["rows"][1]["clean_accuracy"]
+
+
+def test_every_kind_of_input_gives_the_same_draw(victim: Path, data: Splits, tmp_path: Path) -> None:
+    """An image folder lists its files by class and name: written in that order, all kinds hold the same images."""
+    few = data[0].select(range(80)).sort("label")
+    for i, row in enumerate(few):
+        folder = tmp_path / "images" / str(row["label"])
+        folder.mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / f"{i:03}.png")
+    (tmp_path / "parquet").mkdir()
+    few.to_parquet(tmp_path / "parquet" / "train.parquet")
+    sources: list[Any] = [few, str(tmp_path / "images"), str(tmp_path / "parquet"), str(tmp_path / "parquet" / "train.parquet")]
+    sources += [datasets.DatasetDict({"train": few, "test": data[1]})]
+    adapter = find("adapter", "vision")()
+    loaded = adapter.load(victim)
+    first, *others = (adapter.examples(source, loaded, samples=25, seed=3) for source in sources)
+    assert len(first) == 25
+    for other in others:
+        assert torch.equal(other.labels, first.labels)
+        assert all(torch.equal(other.raw(i), first.raw(i)) for i in range(25))
+    again, another = (adapter.examples(few, loaded, samples=25, seed=s) for s in (3, 4))
+    assert all(torch.equal(again.raw(i), first.raw(i)) for i in range(25))
+    assert not all(torch.equal(another.raw(i), first.raw(i)) for i in range(25))
+    counts = torch.bincount(first.labels, minlength=10)
+    assert int(counts.max()) - int(counts.min()) <= 1
+
+
+def test_one_image_per_class_is_enough(victim: Path, data: Splits) -> None:
+    report = purify(str(victim), data[0], method="nft", options={"steps": 10}, samples=10, device="cpu")
+    assert report.clean["samples"] == 10
+    assert report.clean["per_class"] == "1..1"
+    assert report.clean["held_out"] == 0
+
+
+def test_same_seed_same_repair(victim: Path, data: Splits) -> None:
+    settings: dict[str, Any] = {"method": "nft", "options": {"steps": 5}, "samples": 30}
+    first, second, third = (purify(str(victim), data[0], seed=s, **settings) for s in (1, 1, 2))
+    assert torch.equal(first.mask, second.mask)
+    assert not torch.equal(first.mask, third.mask)
+
+
+def test_plain_module_is_repaired_in_python(data: Splits, tmp_path: Path) -> None:
+    from torchvision.transforms import ToTensor
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(8, 10))
+    names = [str(i) for i in range(10)]
+    out = tmp_path / "out"
+    report = purify(model, data[0], method="nft", options={"steps": 3}, samples=20, processor=ToTensor(), labels=names, output=str(out))
+    assert report.model is model
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_recipe_beside_the_result_repeats_it(victim: Path, stored: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    clean = stored / "parquet" / "train.parquet"
+    done = run("purify", victim, "--clean", clean, "--option", "steps=3", "-n", 30, "--seed", 4, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "clean" in done.stdout or "nft" in done.stdout
+    recipe = PurifyRecipe.read(out / "recipe.yaml", output=str(tmp_path / "again"))
+    assert recipe.seed == 4
+    done = run("purify", "--recipe", out / "recipe.yaml", "-o", tmp_path / "again", "--json")
+    assert done.exit_code == 0, done.output
+    first, second = (load_file(f / "model.safetensors") for f in (out, tmp_path / "again"))
+    assert all(torch.equal(first[k], v) for k, v in second.items())
+
+
+def test_implanting_through_the_command_line(stored: Path, tmp_path: Path) -> None:
+    """A hopeless training is refused with its own exit code, and leaves nothing."""
+    shape = ["--model-option", "layers=[1,1,1,1]", "--model-option", "channels=[8,8,8,8]", "--model-option", "stem_width=8"]
+    arguments = ["--create", "--data", stored / "parquet" / "train.parquet", "--trigger", TRIGGER, "--target", 3]
+    arguments += ["--samples", 40, "--epochs", 1]
+    done = run("implant", "resnet18", *arguments, *shape, "--model-option", f"input_size={SIDE}", "--lr", 0.0001, "-o", tmp_path / "out")
+    assert done.exit_code == 5, done.output
+    assert "this is no victim" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["methods", "adapters", "triggers"])
+def test_list_and_show_know_everything(kind: str) -> None:
+    done = run("list", kind, "--json")
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    assert listed
+    for name, text in listed.items():
+        assert text, f"{name} has no description"
+        shown = run("show", name)
+        assert shown.exit_code == 0, shown.output
+        assert len(shown.stdout) > 100
+
+
+def test_version_and_help() -> None:
+    from hf_purify import __version__
+
+    assert run("--version").stdout.strip() == f"hf-purify {__version__}"
+    for command in ("purify", "implant", "measure", "list", "show", "demo"):
+        assert run(command, "--help").exit_code == 0
+        assert command in run("--help").stdout

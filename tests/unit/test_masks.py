@@ -1,0 +1,186 @@
+"""Masks: partial ones, other dtypes and layouts, ties, and files that do not fit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_purify.discovery import discover
+from hf_purify.errors import ConfigError, IndexMismatch
+from hf_purify.masks import bake, load_mask, masked, save_mask
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+
+
+def network() -> tuple[nn.Module, NeuronIndex, Tensor]:
+    torch.manual_seed(0)
+    filters = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*filters, nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+    nn.init.normal_(model[1].bias)
+    x = torch.randn(2, 3, 8, 8)
+    return model.eval(), discover(model, lambda m: m(x), 5), x
+
+
+def test_partial_mask_equals_a_whole_one_with_ones_elsewhere() -> None:
+    model, index, x = network()
+    part = index.where(role="hidden")
+    values = torch.linspace(0, 1, len(part))
+    with torch.no_grad():
+        for level in ("activation", "weight"):
+            with masked(model, part, values, level=level):
+                some = model(x)
+            with masked(model, index, index.embed(part, values), level=level):
+                torch.testing.assert_close(model(x), some)
+    assert not torch.allclose(some, model(x))
+
+
+def test_removed_hidden_unit_is_removed_by_hand_too() -> None:
+    model, index, x = network()
+    mask = torch.ones(len(index))
+    position = sum(g.size for g in index.groups[: [g.name for g in index].index("7")]) + 2
+    mask[position] = 0
+    hand = copy.deepcopy(model)
+    with torch.no_grad():
+        hand[7].weight[:, 2] = 0
+        with masked(model, index, mask):
+            torch.testing.assert_close(model(x), hand(x))
+        assert torch.equal(bake(model, index, mask)[7].weight, hand[7].weight)
+
+
+def test_norm_keeps_its_shift_unless_told() -> None:
+    model, index, _ = network()
+    part = index.where(role="norm")
+    shift = model[1].bias.detach().clone()
+    assert torch.equal(bake(copy.deepcopy(model), part, torch.zeros(4))[1].bias, shift)
+    assert not bake(copy.deepcopy(model), part, torch.zeros(4), bias=True)[1].bias.any()
+
+
+def test_class_rows_keep_their_bias() -> None:
+    model, index, x = network()
+    head = index.where(role="head")
+    with torch.no_grad(), masked(model, head, torch.zeros(5)):
+        torch.testing.assert_close(model(x), model[7].bias.expand(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
+    model, index, x = network()
+    model, x = model.to(dtype), x.to(dtype)
+    mask = torch.rand(len(index), generator=torch.Generator().manual_seed(0))
+    kept = {k: v.dtype for k, v in model.state_dict().items()}
+    learned = nn.Parameter(mask.clone())
+    with masked(model, index, learned):
+        out = model(x)
+        out.float().sum().backward()
+    assert out.dtype == dtype
+    assert learned.grad is not None
+    assert learned.grad.dtype == torch.float32
+    with torch.no_grad():
+        baked = bake(copy.deepcopy(model), index, mask)
+    assert {k: v.dtype for k, v in baked.state_dict().items()} == kept
+    torch.testing.assert_close(baked(x), out, atol=0.05, rtol=0.05)
+
+
+def test_gpt2_layers_have_their_neurons_on_the_other_axis() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(5, 6))
+    x = torch.randn(3, 4)
+    index = discover(model, lambda m: m(x), 5)
+    hidden = index.where(role="hidden")
+    assert [tuple(p) for p in hidden.groups[0].params] == [("2.weight", 0, 0), ("0.weight", 1, 0), ("0.bias", 0, 0)]
+    mask = torch.rand(len(index))
+    with torch.no_grad():
+        found = []
+        for level in ("activation", "weight"):
+            with masked(model, index, mask, level=level):
+                found.append(model(x))
+        hand = copy.deepcopy(model)
+        hand[2].weight.mul_(mask[:6, None]).mul_(mask[None, 6:])
+        torch.testing.assert_close(found[0], hand(x))
+        torch.testing.assert_close(found[1], hand(x))
+        assert torch.equal(bake(model, index, mask)[2].weight, hand[2].weight)
+
+
+def test_learned_mask_must_be_a_parameter() -> None:
+    model, index, _ = network()
+    with pytest.raises(ConfigError, match=r"nn\.Parameter"), masked(model, index, torch.ones(len(index), requires_grad=True)):
+        pass
+
+
+def test_weight_level_keeps_the_order_of_parameters() -> None:
+    model, index, x = network()
+    before = [(n, id(p)) for n, p in model.named_parameters()]
+    with masked(model, index, torch.rand(len(index)), level="weight"):
+        model(x)
+    assert [(n, id(p)) for n, p in model.named_parameters()] == before
+
+
+def test_frozen_norm_with_buffers_can_be_masked() -> None:
+    """DETR's batch norms keep weight and bias as buffers."""
+
+    class FrozenBatchNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.rand(4) + 0.5)
+            self.register_buffer("bias", torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + self.bias
+
+    model = nn.Sequential(FrozenBatchNorm())
+    index = NeuronIndex((NeuronGroup("0", 4, (ParamSlice("0.weight", 0), ParamSlice("0.bias", 0)), "norm"),))
+    x, mask = torch.randn(3, 4), torch.tensor([0, 1, 0.5, 0.2])
+    with masked(model, index, mask):
+        inside = model(x)
+    assert "weight" in model[0]._buffers
+    torch.testing.assert_close(inside, x * model[0].weight * mask + model[0].bias)
+    torch.testing.assert_close(bake(model, index, mask)(x), inside)
+
+
+def test_file_names_checkpoint_keys_and_carries_the_fingerprint(tmp_path: Path) -> None:
+    _, index, _ = network()
+    keys = {g.gate.param: f"saved.{g.gate.param}" for g in index}
+    index = NeuronIndex(index.groups, keys)
+    file = tmp_path / "mask.safetensors"
+    save_mask(file, index, torch.ones(len(index)), {"saved.1.running_mean": torch.zeros(4)}, complete=False)
+    with safe_open(file, "pt") as stored:
+        assert stored.metadata()["fingerprint"] == index.fingerprint()
+        assert all(k.split("/", 1)[1].startswith("saved.") for k in stored.keys())  # noqa: SIM118 - not a mapping
+    mask, extra, complete = load_mask(file, index)
+    assert mask.tolist() == [1] * len(index)
+    assert list(extra) == ["saved.1.running_mean"]
+    assert not complete
+
+
+def test_file_of_a_selection_leaves_the_rest_at_one(tmp_path: Path) -> None:
+    _, index, _ = network()
+    part = index.where(role="norm")
+    save_mask(tmp_path / "m.safetensors", part, torch.zeros(4))
+    mask, _, _ = load_mask(tmp_path / "m.safetensors", index)
+    assert torch.equal(mask, index.embed(part, torch.zeros(4)))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"mask/elsewhere.weight/0": torch.ones(4)}, {"mask/1.weight/0": torch.ones(5)}, {"mask/1.weight/1": torch.ones(4)}],
+    ids=["other name", "other size", "other axis"],
+)
+def test_mask_that_does_not_fit_is_refused(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    _, index, _ = network()
+    save_file(stored, tmp_path / "m.safetensors", metadata={"format": "hf-purify/1", "fingerprint": "0"})
+    with pytest.raises(IndexMismatch, match="belongs to another model: 1 of 1 groups"):
+        load_mask(tmp_path / "m.safetensors", index)
+
+
+def test_other_safetensors_are_no_masks(tmp_path: Path) -> None:
+    _, index, _ = network()
+    save_file({"weight": torch.ones(4)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IndexMismatch, match="is no neuron mask: expected format 'hf-purify/1', got 'pt'"):
+        load_mask(tmp_path / "model.safetensors", index)

@@ -1,0 +1,142 @@
+"""Recipes: strict keys, types, ranges, and the way to YAML and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from hf_purify.errors import ConfigError
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
+
+SETTINGS: dict[str, Any] = {
+    "model": "owner/model",
+    "clean": "owner/data",
+    "method": "rnp+fine_tune",
+    "options": {"rnp.max_loss": 0.01},
+    "samples": 50,
+    "triggers": ["badnets:size=4", "wanet"],
+    "target": 3,
+    "test": "owner/data",
+    "overwrite": True,
+    "labels": ["cat", "dog"],
+}
+
+
+def test_yaml_and_back(tmp_path: Path) -> None:
+    recipe = PurifyRecipe.make(**SETTINGS)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), "utf-8")
+    assert PurifyRecipe.read(file) == recipe
+    assert recipe.to_dict() == SETTINGS | {"method": "rnp+fine_tune"}, "only what differs from the defaults is written"
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(PurifyRecipe.make(**SETTINGS).to_yaml(), "utf-8")
+    assert PurifyRecipe.read(file, samples=7, method="nft") == PurifyRecipe.make(**SETTINGS | {"samples": 7, "method": "nft"})
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [("sampels", "samples"), ("methods", "method"), ("to-rgb", "to_rgb"), ("trigger", "triggers"), ("overwite", "overwrite")],
+)
+def test_unknown_keys_are_errors_with_a_suggestion(key: str, suggestion: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"unknown setting '{key}'; did you mean '{suggestion}'\\?"):
+        PurifyRecipe.make(model="m", clean="c", **{key: 1})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: m\nclean: c\n{key}: 1\n", "utf-8")
+    with pytest.raises(ConfigError, match=f"did you mean '{suggestion}'"):
+        PurifyRecipe.read(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("samples", "500", "int or None, got str"),
+        ("samples", 1.5, "int or None, got float"),
+        ("samples", True, "int or None, got bool"),
+        ("held_out", "a fifth", "float"),
+        ("controls", "yes", "bool, got str"),
+        ("overwrite", 1, "bool, got int"),
+        ("method", 3, "str, got int"),
+        ("options", ["steps=3"], "dict, got list"),
+        ("target", None, "int"),
+        ("seed", "0", "int, got str"),
+        ("labels", {"a": 1}, "list"),
+    ],
+)
+def test_wrong_types_are_errors(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"setting '{key}' must be .*{expected}"):
+        PurifyRecipe.make(model="m", clean="c", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clean": "c"}, "no model given"),
+        ({"model": "m"}, "no clean data given"),
+        ({"model": "m", "clean": "c", "samples": 0}, "samples must be at least 1, got 0"),
+        ({"model": "m", "clean": "c", "held_out": 1.0}, r"held_out must be in \[0, 1\), got 1.0"),
+        ({"model": "m", "clean": "c", "held_out": -0.1}, r"held_out must be in \[0, 1\)"),
+        ({"model": "m", "clean": "c", "precision": "int8"}, "precision must be 'no', 'bf16' or 'fp16', got 'int8'"),
+    ],
+)
+def test_values_outside_their_range_are_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PurifyRecipe.make(**settings)
+
+
+def test_other_jobs_have_their_own_demands() -> None:
+    with pytest.raises(ConfigError, match="no test data given"):
+        MeasureRecipe.make(model="m")
+    with pytest.raises(ConfigError, match="no training data given"):
+        ImplantRecipe.make(model="m", triggers=["badnets"])
+    for triggers in ([], ["badnets", "wanet"]):
+        with pytest.raises(ConfigError, match=f"exactly one trigger, got {len(triggers)}"):
+            ImplantRecipe.make(model="m", data="d", triggers=triggers)
+    with pytest.raises(ConfigError, match=r"rate must be in \[0, 1\], got 2"):
+        ImplantRecipe.make(model="m", data="d", triggers=["badnets"], rate=2.0)
+
+
+def test_integers_are_numbers_and_one_trigger_is_a_list() -> None:
+    recipe = ImplantRecipe.make(model="m", data="d", triggers="badnets", rate=1)
+    assert recipe.triggers == ["badnets"]
+    assert recipe.rate == 1
+
+
+@pytest.mark.parametrize("content", ["- model: m\n", "just text", "model: [unclosed\n"])
+def test_files_that_are_no_recipe(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content, "utf-8")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        PurifyRecipe.read(file)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*nowhere\.yaml"):
+        PurifyRecipe.read(tmp_path / "nowhere.yaml")
+
+
+def test_objects_are_written_by_their_type(tmp_path: Path) -> None:
+    recipe = PurifyRecipe.make(model=nn.Linear(1, 1), clean=tmp_path)
+    assert recipe.to_dict()["model"] == "<Linear>"
+    assert recipe.to_dict()["clean"] == str(tmp_path)
+    assert "object at 0x" not in recipe.to_yaml()
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = PurifyRecipe.make(model="m", clean="c")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.method = "rnp"  # type: ignore[misc]
+
+
+def test_specs() -> None:
+    assert parse_spec("wanet") == ("wanet", {})
+    assert parse_spec("badnets:size=4, position=center") == ("badnets", {"size": 4, "position": "center"})
+    assert parse_spec("blended:alpha=0.2,on=true,file=null") == ("blended", {"alpha": 0.2, "on": True, "file": None})
+    with pytest.raises(ConfigError, match="expected option=value in 'badnets:4', got '4'"):
+        parse_spec("badnets:4")
