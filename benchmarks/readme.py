@@ -13,6 +13,7 @@ from typing import Any
 HERE = Path(__file__).parent
 TITLES = {
     "masks-cpu": "one thread of a CPU",
+    "runs-compile-cpu": "the options, torch.compile among them",
     "runs-cpu": "stem of CIFAR",
     "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
 }
@@ -55,9 +56,10 @@ def masks(result: dict[str, Any]) -> list[str]:
 def runs(result: dict[str, Any]) -> list[str]:
     """Tables of runs.py."""
     s = result["settings"]
-    out = [
-        f"{s['steps']} NFT steps, {s['epochs']} RNP epochs, batch {s['batch']}, {s['images']} images, {s['repeats']} rounds. {facts(result)}"
-    ]
+    what = (
+        [f"{s['steps']} NFT steps"] * ("nft" in s["only"]) + [f"{s['epochs']} RNP epochs"] * ("rnp" in s["only"]) + [f"batch {s['batch']}"]
+    )
+    out = [f"{', '.join(what)}, {s['images']} images, {s['repeats']} rounds. {facts(result)}"]
     body = [
         [n.upper(), r["hf-purify"]["median_s"], r["plain"]["median_s"], r["over_plain"], f"{r['mask_difference']:.1g}"]
         for n, r in result["runs"].items()

@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from common import context, finish, interleaved, machine, ratio, seconds, summary, table
+from timing import context, finish, interleaved, machine, ratio, seconds, summary, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 

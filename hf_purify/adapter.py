@@ -140,6 +140,10 @@ class Adapter(ABC):
         """A model with random weights, to be trained from scratch."""
         raise ConfigError(f"the {self.name} adapter creates no new models; give a checkpoint")
 
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predicted classes and losses, `(B,)` each; a modality that can gives both from one forward pass."""
+        return self.predict(model, batch), self.loss(model, batch)
+
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Predicted classes `(B,)`."""
         return self.logits(model, batch).argmax(-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
-from hf_purify.loop import Task, evaluate
+from hf_purify.loop import Task, evaluate, mode
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
 
@@ -76,14 +76,16 @@ class Context(Task):
             return self.accuracy()
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean held-out clean loss of the model as it is, in eval mode."""
-        self.model.eval()
-        total = 0.0
-        for indices in torch.arange(len(self.judged)).split(256):
-            batch = {k: v.to(self.device) for k, v in self.judged.batch(indices).items()}
-            total += float(self.loss(batch).sum())
-        return total / len(self.judged)
+    def reading(self) -> tuple[Tensor, Tensor, float]:
+        """Held-out predictions `(n,)`, labels `(n,)` and mean clean loss of the model as it is, in eval mode, from one pass."""
+        predictions, total = [], 0.0
+        with mode(self.model, "eval"), self.accelerator.autocast():
+            for indices in torch.arange(len(self.judged)).split(256):
+                batch = {k: v.to(self.device) for k, v in self.judged.batch(indices).items()}
+                found, losses = self.adapter.read(self.model, batch)
+                predictions.append(found.cpu())
+                total += float(losses.sum())
+        return torch.cat(predictions), self.judged.labels, total / len(self.judged)
 
     def neurons(self, granularity: str = "auto") -> NeuronIndex:
         """The neurons that masks and prunings act on.

@@ -521,7 +521,12 @@ def run_implant(recipe: ImplantRecipe) -> Report:
             make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start, {}),
         ]
         rows.reverse()
-        asr = rows[0].asr[name]
+        asr, natural = rows[0].asr[name], untriggered_rate(after, bench, name)
+        if recipe.rate and natural > 0.5 * asr.value:
+            raise NotAVictim(
+                f"{100 * natural:.0f} % of the clean samples of other classes are classified as the target too, so an ASR of {asr} shows no trigger at work. "
+                "Train longer (--epochs) or with another rate (--lr)"
+            )
         if recipe.rate and asr.value < recipe.minimum_asr:
             raise NotAVictim(
                 f"the attack success rate of {name} is {asr}, under {100 * recipe.minimum_asr:.0f} %: this is no victim. Train longer (--epochs), poison more (--rate), "
@@ -544,6 +549,14 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         if out is not None:
             output.write_victim(out, session, report, recipe)
     return report
+
+
+def untriggered_rate(found: Figures, bench: Bench, name: str) -> float:
+    """Share of the clean samples of other classes that go to the attacker's target without a trigger."""
+    view = bench.triggered[name]
+    if found.clean is None:
+        return 0.0
+    return float((found.clean[view.rows] == view.targets).float().mean())
 
 
 def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:

@@ -72,27 +72,26 @@ def unlearn(
             for p, s in zip(params, saved, strict=True):
                 p.copy_(s)
 
-    def read() -> tuple[float, float]:
+    def read() -> tuple[float, float, Tensor]:
         predictions, labels, loss = predict()
-        return float((predictions == labels).float().mean()), loss
+        return float((predictions == labels).float().mean()), loss, predictions
 
-    accuracy, loss = read()
+    accuracy, loss, predictions = read()
     kept = state()
     cap = 8 * math.log(max(classes, 2))
     while used < max_steps and accuracy > level and lr > 1e-4 * first:
         step = dataclasses.replace(config, steps=1, epochs=None, lr=lr, momentum=0.0, ascend=True, clip=1.0, mode="frozen_norm")
         train(task, params, step, title="unlearn")
         used += 1
-        new_accuracy, new_loss = read()
+        new_accuracy, new_loss, found = read()
         if not math.isfinite(new_loss) or new_loss > cap or new_accuracy < floor:  # fell through: back, and smaller steps
             restore(kept)
             lr /= 2
             continue
         lr = lr * 1.5 if new_loss - loss < 0.1 else lr
-        accuracy, loss, kept = new_accuracy, new_loss, state()
-    predictions, labels, loss = predict()
+        accuracy, loss, predictions, kept = new_accuracy, new_loss, found, state()
     counts = torch.bincount(predictions, minlength=classes).float() / max(1, len(predictions))
-    return Unlearned(used, lr, float((predictions == labels).float().mean()), loss, float(counts.max()), int(counts.argmax()))
+    return Unlearned(used, lr, accuracy, loss, float(counts.max()), int(counts.argmax()))
 
 
 def tune_mask(

@@ -25,11 +25,8 @@ def per_neuron(index: NeuronIndex, tensors: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(group.size)
         for part in group.params:
             if part.param in tensors:
-                total += (
-                    owned(tensors[part.param], part, group.size).flatten(1).sum(1).float().cpu()
-                    if tensors[part.param].dim() > 1
-                    else owned(tensors[part.param], part, group.size).float().cpu()
-                )
+                view = owned(tensors[part.param], part, group.size)
+                total += (view.sum(tuple(range(1, view.dim()))) if view.dim() > 1 else view).float().cpu()
         scores.append(total)
     return torch.cat(scores) if scores else torch.empty(0)
 

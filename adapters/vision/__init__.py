@@ -92,7 +92,14 @@ class VisionAdapter(Adapter):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`; of mixed images, the two labels' entropies in the images' shares."""
+        return self._losses(self.logits(model, batch).float(), batch)
+
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.logits(model, batch).float()
+        return logits.argmax(-1), self._losses(logits, batch)
+
+    @staticmethod
+    def _losses(logits: Tensor, batch: Batch) -> Tensor:
         loss = F.cross_entropy(logits, batch["labels"], reduction="none")
         if "partner_labels" in batch:
             other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_purify.errors import ConfigError
-from hf_purify.loop import TrainConfig, evaluate
+from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.routines import forgetting_level, tune_mask, unlearn
 
@@ -65,7 +65,7 @@ class RNP(Method):
         with ctx.copy():
             forgotten = unlearn(
                 ctx,
-                lambda: (evaluate(ctx, ctx.judged), ctx.judged.labels, ctx.held_out_loss()),
+                ctx.reading,
                 ctx.classes,
                 lr=config.unlearn_lr if config.unlearn_lr is not None else 0.01 if norms else 1e-3,
                 max_steps=config.unlearn_steps,

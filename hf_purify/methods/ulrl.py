@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_purify.errors import ConfigError, ModelError
-from hf_purify.loop import TrainConfig, evaluate
+from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.neurons import get_tensor, owned
 from hf_purify.routines import relearn, reset_neurons, unlearn
@@ -75,7 +75,7 @@ class ULRL(Method):
         with ctx.copy():
             forgotten = unlearn(
                 ctx,
-                lambda: (evaluate(ctx, ctx.judged), ctx.judged.labels, ctx.held_out_loss()),
+                ctx.reading,
                 ctx.classes,
                 lr=config.unlearn_lr if config.unlearn_lr is not None else 0.01 if norms else 1e-3,
                 max_steps=config.unlearn_steps,
