@@ -75,7 +75,6 @@ class FTSAM(Method):
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             schedule="cosine",
-            clip=5.0,
         )
         relearn(ctx, train, index=ctx.index, removed=ctx.removed, objective=objective, sharpness=config.rho, title="FT-SAM")
         return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes={"rho": config.rho})

@@ -11,6 +11,13 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).with_name("RESULTS.md")
 CLEAN = "none"
+README = Path(__file__).parents[2] / "README.md"
+START, END = "<!-- results -->", "<!-- /results -->"
+_README = """## Results
+
+CIFAR-10, 500 clean images, default settings, one setting for all triggers, no method sees a trigger; every cell with its interval is in
+[recipes/vision/RESULTS.md](recipes/vision/RESULTS.md). DER 100 is a perfect repair that costs nothing, 50 is none. "Points lost" is clean accuracy.
+"""
 
 _HEAD = """# Image classification: results
 
@@ -32,6 +39,11 @@ def write() -> None:
     """Write the page."""
     cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
     PAGE.write_text(_HEAD + summary(cells) + details(cells), "utf-8")
+    if README.is_file():
+        before, start, rest = README.read_text("utf-8").partition(START)
+        _, end, after = rest.partition(END)
+        if start and end:
+            README.write_text(before + start + "\n" + _README + summary(cells, level="**{}**") + end + after, "utf-8")
 
 
 def _percent(value: float | None) -> str:
@@ -50,9 +62,9 @@ def _groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[st
     return found
 
 
-def summary(cells: list[dict[str, Any]]) -> str:
+def summary(cells: list[dict[str, Any]], level: str = "### {}") -> str:
     """One line per network and method: means over triggers, and the cost on the clean network."""
-    lines = ["\n## Summary\n"]
+    lines = ["\n## Summary\n"] if level.startswith("#") else []
     base = {k: v[0] for k, v in _groups([c for c in cells if c["method"] == "none"], "network", "trigger").items()}
     for (network, samples), mine in _groups(cells, "network", "samples").items():
         rows = []
@@ -71,9 +83,9 @@ def summary(cells: list[dict[str, Any]]) -> str:
                     f"{_spread(cost) if cost else '-'} | {statistics.mean(c['seconds'] for c in attacked):.0f} |\n",
                 )
             )
-        lines.append(
-            f"\n### {network}, {samples} images\n\n| method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds |\n"
-        )
+        heading = level.format(f"{network}, {samples} images")
+        columns = "method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds"
+        lines.append(f"\n{heading}\n\n| {columns} |\n")
         lines.append("|---|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(text for _, text in sorted(rows, reverse=True)))
     return "".join(lines)
 
