@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from hf_purify import apply_mask, implant, measure, purify
 from hf_purify.cli import app
 from hf_purify.demo import SIDE, TRIGGER, digits
-from hf_purify.errors import IndexMismatch
+from hf_purify.errors import IndexMismatch, NotAVictim
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find
 from hf_purify.report import Report
@@ -304,3 +304,29 @@ def test_version_and_help() -> None:
     for command in ("purify", "implant", "measure", "list", "show", "demo"):
         assert run(command, "--help").exit_code == 0
         assert command in run("--help").stdout
+
+
+def test_recorded_trigger_is_measured_unless_another_is_named(victim: Path, data: Splits) -> None:
+    found = measure(str(victim), data[1])
+    assert list(found.rows[0].asr) == ["badnets"]
+    assert found.rows[0].asr["badnets"].value > 0.9
+    assert list(measure(str(victim), data[1], triggers=["blended"]).rows[0].asr) == ["blended"]
+
+
+def test_model_that_answers_the_target_anyway_is_no_victim(data: Splits, tmp_path: Path) -> None:
+    """Nothing is learned at rate zero; a network with random weights may well answer one class, which is no backdoor."""
+    with pytest.raises(NotAVictim, match=r"classified as the target too|under 90 %"):
+        implant(
+            "resnet18",
+            data[0],
+            "badnets",
+            create=True,
+            model_options=TINY,
+            test=data[1],
+            epochs=1,
+            lr=0.0,
+            weight_decay=0.0,
+            samples=40,
+            output=str(tmp_path / "none"),
+        )
+    assert not (tmp_path / "none").exists()

@@ -222,3 +222,35 @@ def test_networks_without_norms_have_nothing_to_refresh() -> None:
     before = state(task.model)
     assert refresh_norms(task) == 0
     assert all(torch.equal(before[k], v) for k, v in state(task.model).items())
+
+
+def test_sharpness_step_equals_the_formula() -> None:
+    """One SGD step with the gradient at `w + rho |w|^2 g / || |w| g ||`, written out with autograd alone."""
+    task, _ = trained()
+    config = TrainConfig(steps=1, batch_size=len(task.data), lr=0.1, momentum=0.0, mode="eval", augment=False)
+    weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    batch = task.data.batch(torch.arange(len(task.data)))
+
+    def gradient(at: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {n: w.clone().requires_grad_() for n, w in at.items()}
+        logits = torch.func.functional_call(task.model, leaves, (batch["pixel_values"],))
+        return dict(zip(leaves, torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), list(leaves.values())), strict=True))
+
+    task.model.eval()
+    here = gradient(weights)
+    norm = torch.cat([(weights[n].abs() * g).flatten() for n, g in here.items()]).norm()
+    there = gradient({n: w + 2.0 * w.square() * here[n] / norm for n, w in weights.items()})
+    relearn(task, config, sharpness=2.0)
+    for name, value in task.model.named_parameters():
+        torch.testing.assert_close(value.detach(), weights[name] - 0.1 * there[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(here[n], there[n], rtol=1e-3) for n in here)  # a plain step would not pass
+
+
+def test_sharpness_keeps_statistics_of_the_perturbed_pass_out() -> None:
+    """Running means after one step are those of one pass over the batch, not of two."""
+    task, _ = trained()
+    norm = task.model[1]
+    before = norm.running_mean.clone()
+    seen = task.model[0](task.data.batch(torch.arange(len(task.data)))["pixel_values"]).mean((0, 2, 3)).detach()
+    relearn(task, TrainConfig(steps=1, batch_size=len(task.data), lr=0.01, augment=False), sharpness=2.0)
+    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen, rtol=1e-4, atol=1e-6)
