@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ GRID = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
 DITHER = ((1, 0, 7 / 16), (1, 1, 3 / 16), (2, 1, 5 / 16), (3, 1, 1 / 16))  # (wavefronts ahead, rows below, share of the error)
 
 
-class _PictureTrigger:
+class _PictureTrigger(ABC):
     """Checks and converts the picture; a trigger itself writes only `_paint`, on floats in 0..255."""
 
     name: ClassVar[str]
@@ -36,9 +37,9 @@ class _PictureTrigger:
         """Return the triggered picture, of the same shape and dtype; `example` is left as it is."""
         return _to_uint8(self._paint(_to_float(example, self.name), seed))
 
+    @abstractmethod
     def _paint(self, picture: Tensor, seed: int) -> Tensor:
         """Return the triggered picture, unrounded; `picture` is the trigger's own copy."""
-        raise NotImplementedError
 
     def _require(self, field: str, expected: str, fulfilled: bool) -> None:
         if not fulfilled:
