@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,16 @@ class FTSAMConfig(MethodConfig):
     """Settings of FT-SAM.
 
     Args:
-        rho: radius of the perturbation.
+        rho: radius of the perturbation, to begin with.
+        max_loss: clean accuracy, 0..1, that the repair may cost on held-out samples; a radius that costs more is halved and the
+            repair begun anew, at most three times. Networks differ widely in the radius they bear. 1 keeps the radius.
         distill: weight of the divergence from the original model's predictions on clean samples; 0 is the published loss.
         label_smoothing: of the labels, in [0, 1).
         lr, momentum, weight_decay, epochs, batch_size: of SGD, cosine to zero.
     """
 
     rho: float = 4.0
+    max_loss: float = 0.1
     distill: float = 1.0
     label_smoothing: float = 0.0
     lr: float = 0.01
@@ -37,6 +41,8 @@ class FTSAMConfig(MethodConfig):
     def __post_init__(self) -> None:
         if self.rho <= 0:
             raise ConfigError(f"rho must be positive, got {self.rho}; plain fine-tuning is the method 'fine_tune'")
+        if not 0 <= self.max_loss <= 1:
+            raise ConfigError(f"max_loss must be in [0, 1], got {self.max_loss}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
@@ -45,6 +51,8 @@ class FTSAM(Method):
     """Fine-tune at the sharpest point nearby, which shrinks the weights that a backdoor lives on (Zhu et al., ICCV 2023, arXiv 2304.11823).
 
     Each step takes the gradient at `w + rho |w|^2 g / || |w| g ||`. Batch statistics of the perturbed pass are not kept.
+
+    Chosen on held-out clean samples: the radius, halved while it costs too much clean accuracy.
 
     Added: `distill * KL(original || current)` on the same clean images. The original model is right on clean samples; holding
     on to its soft predictions wins back accuracy that 500 labels alone cannot, and allows a larger radius. In a sequence,
@@ -76,5 +84,20 @@ class FTSAM(Method):
             weight_decay=config.weight_decay,
             schedule="cosine",
         )
-        relearn(ctx, train, index=ctx.index, removed=ctx.removed, objective=objective, sharpness=config.rho, title="FT-SAM")
-        return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes={"rho": config.rho})
+        start = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
+        least = max(ctx.accuracy(), _accuracy_of(ctx, ctx.original)) - config.max_loss
+        rho = config.rho
+        while True:
+            relearn(ctx, train, index=ctx.index, removed=ctx.removed, objective=objective, sharpness=rho, title=f"FT-SAM, radius {rho:g}")
+            reached = ctx.accuracy()
+            if reached >= least - 1e-6 or rho <= config.rho / 8:
+                break
+            rho /= 2
+            ctx.model.load_state_dict(start)
+        notes = {"rho": rho, "held-out accuracy": reached, "within max_loss": reached >= least - 1e-6}
+        return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes=notes)
+
+
+def _accuracy_of(ctx: Context, model: torch.nn.Module | None) -> float:
+    """Held-out accuracy of the original model, in a sequence; 0 where there is none."""
+    return 0.0 if model is None else dataclasses.replace(ctx, model=model).accuracy()
