@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
                 ["salience of", "neurons", "s", "/ plain pass"],
             )
         )
-        checks.append((f"{name}: salience of all neurons / plain pass", salience["selections"]["all groups"]["over_plain"], 1.25))
+        checks.append((f"{name}: salience of all neurons / plain pass", salience["selections"]["all groups"]["over_plain"], 1.15))
         checks.append((f"{name}: passes per batch for salience", salience["passes_per_batch"], 1.0))
     print(f"\na large matrix product: {result['matrix_product_gflop_per_s']} GFLOP/s")
     return finish(result, checks, args.output)
