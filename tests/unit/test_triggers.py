@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_purify.errors import ConfigError, DataError, UnknownName
 from hf_purify.triggers import RULES, AllToAll, AllToOne, CleanLabel, make_rule, poison, trigger_all
-from hf_purify_adapters.vision import triggers as vision
 from hf_purify_adapters.vision.triggers import BPP, SIG, TRIGGERS, BadNets, Blended, LowFrequency, TrojanSquare, WaNet, make_trigger
+from hf_purify_adapters.vision.triggers.patches import PATTERNS
 
 SIZES = [(28, 28), (32, 32), (64, 64), (48, 20), (20, 48)]
 NAMES = sorted(TRIGGERS)
@@ -191,7 +191,7 @@ def test_squares_that_do_not_fit() -> None:
 # BadNets
 
 
-@pytest.mark.parametrize("pattern", vision.PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(
     ("position", "rows", "columns"),
     [
