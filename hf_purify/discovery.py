@@ -9,15 +9,20 @@ that gradient touches tells what the input is:
 - fed by a norm, by several residual writers, or by the model's input: no neurons of its own.
 
 Affine norms are neurons too (one scale per channel), together with the filter in front of them where there is one.
+
+A layer is a module that runs, or a call of `F.linear` on a parameter that some other module holds: `nn.MultiheadAttention` never
+runs its `out_proj`, and keeps queries, keys and values in one parameter. Each neuron of the second kind knows who called.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_purify.errors import ModelError
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor
@@ -34,18 +39,23 @@ class _Feed:
 
 @dataclass
 class _Call:
-    """What one traced module saw and gave."""
+    """What one traced layer or norm saw and gave."""
 
-    name: str
-    module: nn.Module
-    source: Tensor
+    name: str  # of the module; of the parameter where that is not a `weight`
+    rows: tuple[ParamSlice, ...]  # what output channel 0 owns: of the weight, and of the bias
+    size: int  # output channels
+    inputs: tuple[int, int] | None  # axis of the weight that holds input channels, and how many
+    channel: int  # axis of the output that holds channels
     output: Tensor
-    feeds: list[_Feed] = field(default_factory=list)
+    norm: bool = False
     scales: bool = True  # its channels vanish with its weight and bias (a response norm adds its input back)
+    caller: str | None = None  # the module that used the weight, where its own did not run
+    source: Tensor | None = None
+    feeds: list[_Feed] = field(default_factory=list)
 
     @property
     def is_norm(self) -> bool:
-        return _is_norm(self.module) and self.scales
+        return self.norm and self.scales
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -112,16 +122,31 @@ class _Tracer:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._generator = torch.Generator().manual_seed(0)
         self._probing = False
+        self._running: list[str] = []  # modules whose forward has begun and not ended
+        self._names = {id(p): n for n, p in model.named_parameters()}
+        self._layers: set[str] = set()
+        self._linear = F.linear
+        self._fused = torch.backends.mha.get_fastpath_enabled()
 
     def __enter__(self) -> _Tracer:
         for name, module in self.model.named_modules():
             if _is_norm(module) or axes(module) is not None:
+                self._layers.add(name)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        F.linear = self._functional  # no hook sees a call of a function
+        torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole attention, with no layers in it
         return self
 
     def __exit__(self, *exc: object) -> None:
+        F.linear = self._linear
+        torch.backends.mha.set_fastpath_enabled(self._fused)
         for handle in self._handles:
             handle.remove()
+
+    def _leave(self, *_: object) -> None:
+        self._running.pop()
 
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: object) -> object:
@@ -129,12 +154,61 @@ class _Tracer:
                 return None
             if self._probing:
                 return None
-            leaf = output.detach().requires_grad_()
-            scales = not _is_norm(module) or self._vanishes(module, inputs[0])
-            self.calls.append(_Call(name, module, inputs[0], leaf, self._feeds(module, inputs[0]), scales))
-            return leaf.clone()  # activations may work in place
+            norm, weight = _is_norm(module), _weight(module)
+            out_axis, in_axis = axes(module) or (0, -1)
+            rows = [ParamSlice(f"{name}.weight", out_axis)]
+            if isinstance(getattr(module, "bias", None), Tensor):
+                rows.append(ParamSlice(f"{name}.bias", 0))
+            call = _Call(
+                name,
+                tuple(rows),
+                size=weight.shape[out_axis],
+                inputs=(in_axis, weight.shape[in_axis]) if in_axis >= 0 else None,
+                channel=_channel_axis(module, output),
+                output=output.detach().requires_grad_(),
+                norm=norm,
+                scales=not norm or self._vanishes(module, inputs[0]),
+            )
+            return self._record(call, inputs[0], _channel_axis(module, inputs[0]))
 
         return hook
+
+    def _functional(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear`, recorded if the weight is a parameter of the model, or a run of its rows, and no recorded layer is running."""
+        output = self._linear(input, weight, bias)
+        found = self._address(weight)
+        if found is None or not self._running or self._running[-1] in self._layers:
+            return output
+        param, start = found
+        owner, _, leaf = param.rpartition(".")
+        if isinstance(self.model.get_submodule(owner), nn.Embedding):
+            return output  # a tied head: to mask it would mask the embedding
+        shift = self._address(bias) if bias is not None else None
+        call = _Call(
+            owner if owner and leaf == "weight" else param,
+            (ParamSlice(param, 0, start), *([ParamSlice(shift[0], 0, shift[1])] if shift else [])),
+            size=weight.shape[0],
+            inputs=(1, weight.shape[1]) if id(weight) in self._names else None,
+            channel=output.dim() - 1,
+            output=output.detach().requires_grad_(),
+            caller=self._running[-1],
+        )
+        return self._record(call, input, input.dim() - 1)
+
+    def _address(self, tensor: Tensor) -> tuple[str, int] | None:
+        """The parameter that a tensor is, and 0; or the one that it is a run of rows of, and the first row."""
+        if id(tensor) in self._names:
+            return self._names[id(tensor)], 0
+        base = tensor._base
+        if base is None or id(base) not in self._names or tensor.shape[1:] != base.shape[1:] or tensor.stride() != base.stride():
+            return None
+        return self._names[id(base)], int(tensor.storage_offset() - base.storage_offset()) // int(base.stride(0))
+
+    def _record(self, call: _Call, x: Tensor, channel: int) -> Tensor:
+        """Note a call with what feeds the channels of its input, on axis `channel`; give its output, cut out of the graph."""
+        call.source, call.feeds = x, self._feeds(x, channel)
+        self.calls.append(call)
+        return call.output.clone()  # activations may work in place
 
     def _vanishes(self, module: nn.Module, x: Tensor) -> bool:
         """Is the norm's output zero when its weight and bias are?"""
@@ -146,11 +220,11 @@ class _Tracer:
         finally:
             self._probing = False
 
-    def _feeds(self, module: nn.Module, x: Tensor) -> list[_Feed]:
-        """The earlier calls that feed `x` directly, and how their channels arrive."""
+    def _feeds(self, x: Tensor, channel: int) -> list[_Feed]:
+        """The earlier calls that feed `x` directly, and how their channels arrive on axis `channel`."""
         if not x.requires_grad or not self.calls:
             return []
-        moved = x.movedim(_channel_axis(module, x), -1)
+        moved = x.movedim(channel, -1)
         size = moved.shape[-1]
         chosen = torch.rand(size, generator=self._generator) < 0.5
         chosen[int(torch.randint(size, (1,), generator=self._generator))] = True
@@ -165,7 +239,7 @@ def _feed(call: _Call, grad: Tensor, chosen: Tensor) -> _Feed:
 
     A fused projection (QKV, gate and up) is several chunks wide; each is judged by itself.
     """
-    moved = grad.movedim(_channel_axis(call.module, grad), -1)
+    moved = grad.movedim(call.channel, -1)
     size = chosen.numel()
     if moved.shape[-1] % size:
         return _Feed(call, (), False)
@@ -176,27 +250,22 @@ def _feed(call: _Call, grad: Tensor, chosen: Tensor) -> _Feed:
 
 def _slices(call: _Call, offset: int) -> list[ParamSlice]:
     """What a layer's output channels own, from `offset` on: weight rows, and the bias."""
-    layer = axes(call.module)
-    rows = [ParamSlice(f"{call.name}.weight", layer[0] if layer else 0, offset)]
-    if isinstance(getattr(call.module, "bias", None), Tensor):
-        rows.append(ParamSlice(f"{call.name}.bias", 0, offset))
-    return rows
+    return [ParamSlice(p.param, p.axis, p.start + offset) for p in call.rows]
 
 
 def _norm_group(call: _Call) -> NeuronGroup:
-    size = _weight(call.module).shape[0]
     params = _slices(call, 0)
     if len(call.feeds) == 1 and call.feeds[0].complete and call.feeds[0].offsets == (0,):
         producer = call.feeds[0].call
-        if not _is_norm(producer.module) and producer.output.numel() == call.output.numel():
+        if not producer.norm and producer.output.numel() == call.output.numel():
             params += _slices(producer, 0)  # the filter in front of the norm
-    return NeuronGroup(call.name, size, tuple(params), "norm")
+    return NeuronGroup(call.name, call.size, tuple(params), "norm")
 
 
-def _input_group(call: _Call, in_axis: int) -> NeuronGroup | None:
+def _input_group(call: _Call) -> NeuronGroup | None:
     """Hidden units or attention values at the input of a layer, where there are any."""
     feeds = call.feeds
-    if in_axis < 0 or not feeds:
+    if call.inputs is None or not feeds:
         return None
     if any(f.call.is_norm and f.offsets for f in feeds):
         return None  # the norm in front has these neurons already
@@ -206,9 +275,9 @@ def _input_group(call: _Call, in_axis: int) -> NeuronGroup | None:
     if not attention and any(f.call.source is not feeds[0].call.source for f in feeds):
         return None  # several writers of a residual stream, which all later layers read
     rows = [s for f in feeds for offset in f.offsets for s in _rows(f.call, offset)]
-    gate = ParamSlice(f"{call.name}.weight", in_axis)
-    size = _weight(call.module).shape[in_axis]
-    return NeuronGroup(call.name, size, (gate, *rows), "attention" if attention else "hidden")
+    axis, size = call.inputs
+    gate = ParamSlice(call.rows[0].param, axis)
+    return NeuronGroup(call.name, size, (gate, *rows), "attention" if attention else "hidden", caller=call.caller)
 
 
 def _rows(call: _Call, offset: int) -> list[ParamSlice]:
@@ -219,14 +288,12 @@ def _rows(call: _Call, offset: int) -> list[ParamSlice]:
 
 def _groups(call: _Call, head: _Call | None) -> list[NeuronGroup]:
     """The neurons that a traced call stands for: none, one group, or hidden inputs and the class rows of a head."""
-    if _is_norm(call.module):
+    if call.norm:
         return [_norm_group(call)] if call.is_norm else []
-    out_axis, in_axis = axes(call.module) or (0, -1)
-    found = [g for g in [_input_group(call, in_axis)] if g]
+    found = [g for g in [_input_group(call)] if g]
     if call is head:
         name = f"{call.name}[out]" if found else call.name
-        size = _weight(call.module).shape[out_axis]
-        found.append(NeuronGroup(name, size, tuple(_slices(call, 0)), "head"))
+        found.append(NeuronGroup(name, call.size, tuple(_slices(call, 0)), "head", caller=call.caller))
     return found
 
 
@@ -249,11 +316,10 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    calls = list({c.name: c for c in reversed(tracer.calls)}.values())[::-1]  # a shared module counts once
-    layers = [c for c in calls if not _is_norm(c.module)]
-    head = next((c for c in reversed(layers) if _weight(c.module).shape[(axes(c.module) or (0, -1))[0]] == classes), None)
+    calls = list({(c.name, c.rows[0]): c for c in reversed(tracer.calls)}.values())[::-1]  # a shared layer counts once
+    head = next((c for c in reversed(calls) if not c.norm and c.size == classes), None)
     found = [g for c in calls for g in _groups(c, head)]
     if not found:
         raise ModelError("no neurons found: the model has no affine norm and no hidden layer that could be masked")
     blocks = _blocks([g.name for g in found])
-    return NeuronIndex(tuple(NeuronGroup(g.name, g.size, g.params, g.role, b) for g, b in zip(found, blocks, strict=True)))
+    return NeuronIndex(tuple(dataclasses.replace(g, block=b) for g, b in zip(found, blocks, strict=True)))

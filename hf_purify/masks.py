@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_purify.errors import ConfigError, IndexMismatch
-from hf_purify.neurons import NeuronGroup, NeuronIndex, get_tensor, shaped
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, shaped
 
 MASK_FILE = "neuron_mask.safetensors"
 MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
@@ -29,16 +29,26 @@ MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a cont
 class _Scale(nn.Module):
     """The parametrization of the weight level: multiplies the slices of one parameter."""
 
-    def __init__(self, views: Callable[[], dict[str, Tensor]], group: str, axis: int, start: int) -> None:
+    def __init__(self, views: Callable[[], dict[str, Tensor]], group: str, part: ParamSlice) -> None:
         super().__init__()
-        self.views, self.group, self.axis, self.start = views, group, axis, start
+        self.views, self.group, self.part = views, group, part
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = self.views()[self.group].to(weight.device, weight.dtype)
-        if scale.numel() != weight.shape[self.axis]:
-            full = weight.new_ones(weight.shape[self.axis])
-            scale = torch.cat([full[: self.start], scale, full[self.start + scale.numel() :]])
-        return weight * shaped(scale, weight.dim(), self.axis)
+        return _scaled(weight, self.views()[self.group], self.part)
+
+
+def _scaled(weight: Tensor, scale: Tensor, part: ParamSlice) -> Tensor:
+    """A parameter with what the neurons of a group own in it multiplied by `scale`, one value per neuron."""
+    scale = scale.to(weight.device, weight.dtype)
+    if scale.numel() != weight.shape[part.axis]:
+        full = weight.new_ones(weight.shape[part.axis])
+        scale = torch.cat([full[: part.start], scale, full[part.start + scale.numel() :]])
+    return weight * shaped(scale, weight.dim(), part.axis)
+
+
+def _parts(group: NeuronGroup, bias: bool) -> list[ParamSlice]:
+    """What a mask multiplies: the gate, and the bias beside it if asked."""
+    return [group.gate, *([group.bias] if bias and group.bias else [])]
 
 
 class _Views:
@@ -55,25 +65,27 @@ class _Views:
         return self.current
 
 
-def _swap_hooks(module: nn.Module, names: list[str], scale: Callable[[], Tensor]) -> list[Any]:
-    """Hooks that replace small 1-D tensors of a module by scaled ones while its forward runs."""
+def _swap_hooks(runs: nn.Module, holds: nn.Module, parts: list[ParamSlice], scale: Callable[[], Tensor]) -> list[Any]:
+    """Hooks that replace tensors of the module `holds` by scaled ones while the forward of the module `runs` does."""
     saved: dict[str, Tensor] = {}
 
     def store(name: str) -> dict[str, Any]:
-        return module._parameters if name in module._parameters else module._buffers
+        return holds._parameters if name in holds._parameters else holds._buffers
 
     def before(_: nn.Module, __: tuple) -> None:
         factor = scale()
-        for name in names:
+        for part in parts:
+            name = part.param.rpartition(".")[2]
             saved[name] = store(name)[name]
-            store(name)[name] = saved[name] * factor.to(saved[name])
+            store(name)[name] = _scaled(saved[name], factor, part)
 
     def after(*_: object) -> None:
         for name, value in saved.items():
             store(name)[name] = value
         saved.clear()
 
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True), _Undo(after)]
+    # two groups may scale one tensor: what was swapped last is put back first
+    return [runs.register_forward_pre_hook(before), runs.register_forward_hook(after, always_call=True, prepend=True), _Undo(after)]
 
 
 class _Undo:
@@ -84,12 +96,14 @@ class _Undo:
 
 
 def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias: bool) -> list[Any]:
-    """Scale a group where its activations pass: a norm's own scale, a layer's input, or a layer's output."""
+    """Scale a group where its activations pass: a norm's own scale, a layer's input, or a layer's output.
+
+    Where a layer does not run itself, no activation passes a hook: its weight is scaled while its caller runs.
+    """
     module = model.get_submodule(group.module)
-    weight = get_tensor(model, group.gate.param)
-    if weight.dim() == 1:
-        names = ["weight"] + (["bias"] if bias and group.bias else [])
-        return _swap_hooks(module, names, lambda: views()[group.name])
+    if group.caller is not None or get_tensor(model, group.gate.param).dim() == 1:
+        runs = module if group.caller is None else model.get_submodule(group.caller)
+        return _swap_hooks(runs, module, _parts(group, bias), lambda: views()[group.name])
     axis = 1 if _is_conv(module) else -1
 
     def gate(x: Tensor) -> Tensor:
@@ -127,7 +141,7 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
         index: the neurons to scale; a selection is enough.
         mask: `(N,)`, 1 = keep.
         level: `activation` needs no weight gradient and costs little; `weight` multiplies the weights themselves through
-            `torch.nn.utils.parametrize`: general, as dear as fine-tuning.
+            `torch.nn.utils.parametrize`: general, as dear as fine-tuning. Groups with a `caller` are scaled in their weights at both.
         bias: scale the bias of the gate's module too.
 
     Raises:
@@ -153,9 +167,9 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
             if level == "activation":
                 handles += _activation_hooks(model, group, views, bias)
                 continue
-            for part in [group.gate] + ([group.bias] if bias and group.bias and group.gate.axis == group.bias.axis else []):
+            for part in _parts(group, bias):
                 module, leaf = model.get_submodule(group.module), part.param.rpartition(".")[2]
-                parametrize.register_parametrization(module, leaf, _Scale(views, group.name, part.axis, part.start), unsafe=True)
+                parametrize.register_parametrization(module, leaf, _Scale(views, group.name, part), unsafe=True)
                 parametrized.append((module, leaf))
         yield mask
     finally:
@@ -177,7 +191,7 @@ def bake(model: nn.Module, index: NeuronIndex, mask: Tensor, bias: bool = False)
     Neurons whose mask is exactly 1 keep their weights bit for bit.
     """
     index.check(mask)
-    for group, part in ((g, p) for g in index for p in [g.gate] + ([g.bias] if bias and g.bias else [])):
+    for group, part in ((g, p) for g in index for p in _parts(g, bias)):
         weight = get_tensor(model, part.param)
         scale = shaped(index.split(mask)[group.name].to(weight.device, weight.dtype), weight.dim(), part.axis)
         weight.narrow(part.axis, part.start, group.size).mul_(scale)

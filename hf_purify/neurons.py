@@ -42,6 +42,8 @@ class NeuronGroup:
             neuron when it is scored, reset or regularized.
         role: `hidden`, `norm`, `head`, `attention` or `embedding`; for selection only.
         block: number of the block that holds the module, counted from the input; 0 is the stem.
+        caller: name of the module whose forward uses the gate's weight, where the module that holds it does not run itself, as
+            `out_proj` of `nn.MultiheadAttention`. No activation of such a group passes a hook.
     """
 
     name: str
@@ -49,6 +51,7 @@ class NeuronGroup:
     params: tuple[ParamSlice, ...]
     role: str = "hidden"
     block: int = 0
+    caller: str | None = None
 
     @property
     def gate(self) -> ParamSlice:

@@ -149,6 +149,97 @@ def test_attention_neurons_are_the_value_channels() -> None:
     assert roles(index)["out"] == "attention"
 
 
+class Fused(nn.Module):
+    """Pre-norm attention of torch itself: one parameter for three projections, and an `out_proj` that never runs."""
+
+    def __init__(self, cross: bool = False, **options: object) -> None:
+        super().__init__()
+        self.embed, self.norm, self.cross = nn.Linear(8, 8), nn.LayerNorm(8), cross
+        self.attn = nn.MultiheadAttention(8, 2, **options)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        h = self.norm(x)
+        query = h + 1 if self.cross else h
+        mixed, _ = self.attn(query, h, h[..., : self.attn.vdim] if self.attn.vdim < 8 else h)
+        return self.head((x + mixed).mean(1))
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_of_torch_has_values_in_its_one_parameter(cross: bool, options: dict, frozen: bool) -> None:
+    model = Fused(cross, **options).requires_grad_(not frozen)
+    index = find(model, torch.randn(2, 3, 8))
+    values = [("attn.in_proj_weight", 0, 16), ("attn.in_proj_bias", 0, 16)]  # queries, keys, then values
+    assert params(index, "attn.out_proj") == [("attn.out_proj.weight", 1, 0), *values[: 1 if "bias" in options else 2]]
+    assert roles(index) == {"norm": "norm", "attn.out_proj": "attention", "head": "head"}
+    (group,) = index.where(role="attention")
+    assert (group.module, group.caller) == ("attn.out_proj", "attn")
+    assert all(g.caller is None for g in index if g is not group)
+
+
+def test_attention_of_torch_with_separate_projections() -> None:
+    """Values of another size have a parameter of their own, and their place in the common bias."""
+    index = find(Fused(vdim=6), torch.randn(2, 3, 8))
+    assert params(index, "attn.out_proj") == [
+        ("attn.out_proj.weight", 1, 0),
+        ("attn.v_proj_weight", 0, 0),
+        ("attn.in_proj_bias", 0, 16),
+    ]
+
+
+def test_attention_of_torch_on_the_input_itself() -> None:
+    """Frozen, it would run as one kernel; its projections read the model's input, so they have no hidden inputs."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+    before = torch.backends.mha.get_fastpath_enabled(), F.linear
+    index = find(Bare().requires_grad_(False), torch.randn(2, 3, 8))
+    assert roles(index) == {"attn.out_proj": "attention", "head": "hidden", "head[out]": "head"}
+    assert params(index, "head")[1:] == [("attn.out_proj.weight", 0, 0), ("attn.out_proj.bias", 0, 0)]
+    assert (torch.backends.mha.get_fastpath_enabled(), F.linear) == before
+
+
+class Functional(nn.Module):
+    """Layers that are parameters and calls of a function, as Swin v2 and BEiT use their fused projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shift = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+        self.second = nn.Linear(6, 5)
+        self.table = nn.Embedding(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.linear(input=x, weight=self.first, bias=self.shift))
+        return F.linear(F.linear(x, self.second.weight, bias=self.second.bias.clone()), self.table.weight)
+
+
+def test_layers_that_are_calls_of_a_function() -> None:
+    index = find(Functional(), torch.randn(2, 4))
+    assert params(index, "second") == [("second.weight", 1, 0), ("first", 0, 0), ("shift", 0, 0)]
+    assert params(index, "second[out]") == [("second.weight", 0, 0)], "the bias is no parameter here"
+    assert {g.name: g.caller for g in index} == {"second": "", "second[out]": ""}, "a mask on a tied head would mask the embedding"
+
+
+@pytest.mark.parametrize(("name", "side"), [("swinv2_tiny_window8_256", 256), ("beit_base_patch16_224", 32)])
+def test_fused_projections_that_are_called_as_functions(name: str, side: int) -> None:
+    small = {"embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)} if "swin" in name else {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model(name, num_classes=5, **small, **({} if "swin" in name else {"img_size": side, "patch_size": 8}))
+    groups = find(model, torch.randn(2, 3, side, side)).where(role="attention").groups
+    assert len(groups) == 2
+    for group in groups:
+        qkv = group.name.replace("proj", "qkv.weight")
+        assert tuple(group.params[1]) == (qkv, 0, 2 * group.size)
+
+
 class Residual(nn.Module):
     """A residual stream without norms: its channels are written by several layers and read by all."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, IndexMismatch
 from hf_purify.masks import bake, load_mask, masked, save_mask
-from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, owned
 
 
 def network() -> tuple[nn.Module, NeuronIndex, Tensor]:
@@ -106,6 +106,124 @@ def test_gpt2_layers_have_their_neurons_on_the_other_axis() -> None:
         torch.testing.assert_close(found[0], hand(x))
         torch.testing.assert_close(found[1], hand(x))
         assert torch.equal(bake(model, index, mask)[2].weight, hand[2].weight)
+
+
+def attention(kind: str) -> tuple[nn.Module, NeuronIndex, Tensor]:
+    """Attention of torch itself, whose `out_proj` never runs, by itself and in a layer that torch may run as one kernel."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            options = {"batch_first": True, "dropout": 0.0}
+            self.embed = nn.Linear(8, 8)
+            if kind == "bare":
+                self.attn = nn.MultiheadAttention(8, 2, **options)
+            else:
+                self.attn = nn.TransformerEncoderLayer(8, 2, 16, **options, norm_first=kind == "pre-norm")
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            x = self.attn(x, x, x, need_weights=False)[0] if kind == "bare" else self.attn(x)
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(2, 3, 8)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model, discover(model, lambda m: m(x), 5), x
+
+
+@pytest.mark.parametrize("kind", ["bare", "pre-norm", "post-norm"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_of_torch_is_masked_alike_at_both_levels_and_baked(kind: str, bias: bool) -> None:
+    model, index, x = attention(kind)
+    assert len(index.where(role="attention")) == 8
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(len(index), generator=generator)
+    mask[::5], mask[1::5] = 0, 1
+    before = [(n, id(p)) for n, p in model.named_parameters()]
+    only = index.where(role="attention")
+    for part, values in ((index, mask), (only, torch.rand(8, generator=generator))):
+        with torch.no_grad():
+            plain = model(x)
+            found = []
+            for level in ("activation", "weight"):
+                with masked(model, part, values, level=level, bias=bias):
+                    found.append(model(x))
+                    with pytest.raises(RuntimeError):
+                        model(x[..., :3])
+                assert [(n, id(p)) for n, p in model.named_parameters()] == before
+            baked = bake(copy.deepcopy(model), part, values, bias=bias)(x)
+            torch.testing.assert_close(model(x), plain)
+        assert not torch.allclose(plain, baked, atol=1e-3)
+        for output in found:
+            torch.testing.assert_close(output, baked, atol=1e-5, rtol=1e-5)
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    assert not hooks
+
+
+def test_masked_value_of_torchs_attention_is_silent_and_gets_a_gradient() -> None:
+    """A neuron that is removed takes its value rows along: what they hold does not matter any more."""
+    model, index, x = attention("bare")
+    model.requires_grad_(False)
+    part = index.where(role="attention")
+    grads = []
+    for level in ("activation", "weight"):
+        mask = nn.Parameter(torch.linspace(0, 1, 8))
+        with masked(model, part, mask, level=level):
+            out = model(x)
+            out.square().sum().backward()
+        assert mask.grad is not None
+        assert mask.grad.abs().min() > 0
+        grads.append(mask.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    values = dict(model.named_parameters())
+    for own in part.groups[0].params[1:]:
+        owned(values[own.param].detach(), own, 8)[0] = 7.0
+    with torch.no_grad(), masked(model, part, torch.linspace(0, 1, 8)):
+        torch.testing.assert_close(model(x), out.detach())
+
+
+def test_two_groups_of_one_weight_that_is_called_as_a_function() -> None:
+    """Hidden inputs and class rows of one parameter: both are scaled, and the parameter is put back whole."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(self.first(x).relu(), self.second.weight, self.second.bias)
+
+    torch.manual_seed(0)
+    model, x = Called(), torch.randn(3, 4)
+    index = discover(model, lambda m: m(x), 5)
+    assert [g.name for g in index] == ["second", "second[out]"]
+    mask, kept = torch.rand(len(index)), model.second.weight
+    for bias in (False, True):
+        baked = bake(copy.deepcopy(model), index, mask, bias=bias)
+        for level in ("activation", "weight"):
+            with masked(model, index, mask, level=level, bias=bias):
+                for _ in range(2):
+                    torch.testing.assert_close(model(x), baked(x))
+            assert model.second.weight is kept
+
+
+def test_class_rows_on_the_other_axis_take_their_bias_along_if_told() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv1D(5, 4)), torch.randn(3, 4)
+    nn.init.normal_(model[0].bias)
+    index = discover(model, lambda m: m(x), 5)
+    mask = torch.rand(5)
+    baked = bake(copy.deepcopy(model), index, mask, bias=True)(x)
+    for level in ("activation", "weight"):
+        with masked(model, index, mask, level=level, bias=True):
+            torch.testing.assert_close(model(x), baked)
+    torch.testing.assert_close(baked, model(x) * mask)
 
 
 def test_learned_mask_must_be_a_parameter() -> None:
