@@ -1,22 +1,22 @@
-"""What a repair did, before and after: the `Report`. The command line prints it, a Hub card shows it, and nothing else is shown."""
+"""What a repair did, before and after: the `Report`. The command line prints it, a Hub card shows it, and nothing else is shown.
+
+Here are the figures and how they are written and read as JSON; `rendering` makes text, tables and the page of them.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
-import importlib.resources
 import io
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from hf_purify import rendering
 from hf_purify.errors import ConfigError, ModelError, OutputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ KINDS = ("unrepaired", "method", "control", "oracle", "other")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 REMOVED = 0.01
 BINS = 256
-TEXT_COLUMNS = ("Model", "Trigger")
-DASH = "\u2013"
 
 
 @dataclass
@@ -151,16 +149,6 @@ class Sample:
         values = _checked(cls, data, where)
         pictures = {k: _decode(values[k], f"{where}.{k}") for k in ("clean", "triggered") if values.get(k) is not None}
         return cls(**values | pictures)
-
-
-class Cell(NamedTuple):
-    """A figure and, beside or below it in smaller type, its interval."""
-
-    text: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} {self.detail}".rstrip()
 
 
 @dataclass
@@ -286,80 +274,19 @@ class Report:
     @property
     def verdict(self) -> str:
         """The outcome in one sentence. A rate is said to be lowered only where the two 95 % intervals do not meet."""
-        before, after = self.before, self.after
-        if before is None:
-            return "The unrepaired model was not measured, so nothing is compared."
-        if after is None:
-            return _state(before)
-        name = _display(after.name)
-        pairs = [(t, before.asr.get(t), after.asr.get(t)) for t in self.triggers]
-        attacks = [_attack_change(t, old, new) for t, old, new in pairs if old and new and old.n and new.n]
-        accuracy = _accuracy_change(before.clean_accuracy, after.clean_accuracy)
-        if attacks:
-            others = ["; it " + attack.replace("the attack success rate", "that", 1) for attack in attacks[1:]]
-            return f"{name} {attacks[0]}{''.join(others)}{'; it' if others else ' and'} {accuracy}."
-        return f"{name} {accuracy}. No trigger was measured, so nothing is said here about a backdoor."
-
-    def grid(self) -> tuple[list[str], list[tuple[Row, list[list[Cell]]]]]:
-        """Headings and, for each row, its lines of cells: one line, or one a trigger where there are several."""
-        triggers, rows = self.triggers, self.ordered
-        many = len(triggers) > 1
-        n_clean = _common(row.clean_accuracy for row in rows)
-        n_asr, n_robust = (_common(p for row in rows for p in getattr(row, key).values()) for key in ("asr", "robust_accuracy"))
-        heads = ["Model", f"Clean accuracy{_n(n_clean)}"]
-        if triggers:
-            of = "" if many else f" {_line(triggers[0])}"
-            heads += ["Trigger"] * many + [f"ASR{of}{_n(n_asr)}", f"Robust accuracy{_n(n_robust)}", "DER"]
-        heads.append("Seconds")
-        lines = []
-        for row in rows:
-            kind = "" if row.label == row.name else f"({row.kind})"
-            first, last = [Cell(_line(row.name), kind), _share(row.clean_accuracy, n_clean)], Cell(_number(row.seconds, ".1f"))
-            attacks = [
-                [Cell(_line(t))] * many
-                + [_share(row.asr.get(t), n_asr), _share(row.robust_accuracy.get(t), n_robust), Cell(_percent(row.der.get(t)))]
-                for t in triggers
-            ]
-            lines.append((row, [[*first, *attack, last] for attack in attacks or [[]]]))
-        return heads, lines
+        return rendering.verdict(self)
 
     def to_markdown(self) -> str:
         """The table in GitHub's Markdown, every interval beside its figure."""
-        heads, rows = self.grid()
-        rule = ["---" if head in TEXT_COLUMNS else "---:" for head in heads]
-        lines = [[str(cell) for cell in line] for _, lines in rows for line in lines]
-        table = [[_markdown(cell) for cell in cells] for cells in (heads, *lines)]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in (table[0], rule, *table[1:]))
+        return rendering.markdown(self)
 
     def table(self) -> Table:
         """The table for a terminal; it fits 80 columns with one trigger."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        heads, rows = self.grid()
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        for head in heads:
-            text = head in TEXT_COLUMNS
-            words = Text(head.replace(" ", "\n"))
-            table.add_column(words, justify="left" if text else "right", no_wrap=not text, min_width=12 if text else None, overflow="fold")
-        for row, lines in rows:
-            style = "bold" if row is self.after else ""
-            for i, line in enumerate(lines):
-                shown = [c if i == 0 or 2 <= j < len(line) - 1 else Cell("") for j, c in enumerate(line)]
-                details = ["\n" + c.detail.replace(" (", "\n(") if c.detail else "" for c in shown]
-                table.add_row(*(Text.assemble((c.text, style), (detail, "dim")) for c, detail in zip(shown, details, strict=True)))
-        return table
+        return rendering.terminal_table(self)
 
     def to_html(self) -> str:
         """A page that needs nothing else: no network, no script; light, dark and on paper."""
-        import jinja2
-
-        source = importlib.resources.files("hf_purify_hub_cards").joinpath("report.html.j2").read_text("utf-8")
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-        heads, rows = self.grid()
-        page = environment.from_string(source)
-        return page.render(report=self, facts=_plain(self), heads=heads, rows=rows, pictures=_pictures(self), zip=zip)
+        return rendering.page(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `report.html`; each replaces its predecessor whole or not at all.
@@ -456,87 +383,3 @@ def _replace(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _line(text: str) -> str:
-    """One printable line: no line breaks, no terminal escapes."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _markdown(text: str) -> str:
-    r"""Escape what Markdown or HTML would read: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
-    text = html.escape(text, quote=False)
-    return re.sub(r"([\\`*|]|\](?=[(\[:]))", r"\\\1", text)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return DASH if value is None or not math.isfinite(value) else format(value, spec)
-
-
-def _percent(value: float | None) -> str:
-    return DASH if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
-
-
-def _common(proportions: Iterable[Proportion | None]) -> int | None:
-    """The number of samples, where it is one and the same everywhere."""
-    counts = {p.n for p in proportions if p is not None}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _n(n: int | None) -> str:
-    return "" if n is None else f" (n={n})"
-
-
-def _share(p: Proportion | None, n: int | None) -> Cell:
-    """A proportion with its interval, and with its n unless the heading has it."""
-    if p is None or not p.n:
-        return Cell(DASH)
-    low, high = p.interval
-    return Cell(_percent(p.value), f"[{100 * low:.1f}, {100 * high:.1f}]{'' if n else _n(p.n)}")
-
-
-def _display(name: str) -> str:
-    """Short method names are acronyms: `nft+fine_tune` reads `NFT+fine_tune`."""
-    return "+".join(part.upper() if len(part) <= 4 else part for part in _line(name).split("+"))
-
-
-def _state(row: Row) -> str:
-    attacks = [f"{_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items() if p.n]
-    accuracy = row.clean_accuracy
-    known = [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy and accuracy.n else []
-    return f"The unrepaired model {'; '.join(known + attacks) or 'was not measured'}."
-
-
-def _attack_change(trigger: str, before: Proportion, after: Proportion) -> str:
-    old, new, of = _percent(before.value), _percent(after.value), f"the attack success rate of {_line(trigger)}"
-    if after.interval[1] < before.interval[0]:
-        return f"lowered {of} from {old} to {new}{_n(after.n)}"
-    if after.interval[0] > before.interval[1]:
-        return f"raised {of} from {old} to {new}{_n(after.n)}"
-    return f"did not measurably change {of} ({old} before, {new} after, n={after.n})"
-
-
-def _accuracy_change(before: Proportion | None, after: Proportion | None) -> str:
-    if not (before and after and before.n and after.n):
-        return "was not measured on clean samples"
-    points = 100 * (after.value - before.value)
-    if abs(points) < 0.05:
-        return "left clean accuracy as it was"
-    return f"{'gained' if points > 0 else 'cost'} {abs(points):.1f} points of clean accuracy"
-
-
-def _pictures(report: Report) -> dict[str, list[str]]:
-    """What there is to show: name -> base64 PNG, light and dark."""
-    from hf_purify import pictures
-
-    rows = [row for row in report.ordered if row.clean_accuracy or row.asr]
-    samples = [s for s in report.samples if s.clean is not None and s.triggered is not None]
-    scored = [layer for layer in report.layers if layer.scores]
-    draw = {
-        "bars": partial(pictures.bars_figure, rows) if rows else None,
-        "samples": partial(pictures.samples_figure, samples) if samples else None,
-        "curve": partial(pictures.curve_figure, report.curve, report.curve_chosen) if report.curve else None,
-        "mask": partial(pictures.mask_figure, report.layers) if report.layers else None,
-        "scores": partial(pictures.salience_figure, scored) if scored else None,
-    }
-    return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in (False, True)] for name, figure in draw.items() if figure}
