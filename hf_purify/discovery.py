@@ -4,7 +4,8 @@ One forward pass is traced. The output of every weight layer and norm is cut out
 gradient taken at the input of the next layer reaches exactly the layers that feed it directly. Which of their channels
 that gradient touches tells what the input is:
 
-- channel by channel, from one layer or from a gate and an up projection: **hidden units**;
+- channel by channel, from one layer or from a gate and an up projection: **hidden units**, also where each channel arrives as
+  a run of inputs, as from the flattened maps of a convolution;
 - channel by channel from the values, across channels from queries and keys: the value channels of an **attention**;
 - fed by a norm, by several residual writers, or by the model's input: no neurons of its own.
 
@@ -35,6 +36,7 @@ class _Feed:
     call: _Call
     offsets: tuple[int, ...]  # where chunks of channels begin that arrive channel by channel
     complete: bool  # every chunk does
+    width: int = 1  # inputs that each channel arrives as
 
 
 @dataclass
@@ -206,7 +208,7 @@ class _Tracer:
 
     def _record(self, call: _Call, x: Tensor, channel: int) -> Tensor:
         """Note a call with what feeds the channels of its input, on axis `channel`; give its output, cut out of the graph."""
-        call.source, call.feeds = x, self._feeds(x, channel)
+        call.source, call.feeds = x, self._feeds(x, channel, wide=not call.norm)
         self.calls.append(call)
         return call.output.clone()  # activations may work in place
 
@@ -220,18 +222,35 @@ class _Tracer:
         finally:
             self._probing = False
 
-    def _feeds(self, x: Tensor, channel: int) -> list[_Feed]:
-        """The earlier calls that feed `x` directly, and how their channels arrive on axis `channel`."""
+    def _feeds(self, x: Tensor, channel: int, wide: bool) -> list[_Feed]:
+        """The earlier calls that feed `x` directly, and how their channels arrive on axis `channel`, also as runs if `wide`."""
         if not x.requires_grad or not self.calls:
             return []
         moved = x.movedim(channel, -1)
         size = moved.shape[-1]
         chosen = torch.rand(size, generator=self._generator) < 0.5
         chosen[int(torch.randint(size, (1,), generator=self._generator))] = True
+        grads = self._gradients(moved, chosen, self.calls)
+        feeds = [_feed(c, g, chosen.to(x.device)) for c, g in zip(self.calls, grads, strict=True) if g is not None]
+        return [self._wide(f, moved) if wide and not f.offsets else f for f in feeds]
+
+    def _gradients(self, moved: Tensor, chosen: Tensor, calls: list[_Call]) -> tuple[Tensor | None, ...]:
+        """Gradients of a random positive combination of the chosen channels of an input, channels last, at the calls' outputs."""
         weights = torch.rand(moved.shape, generator=self._generator) + 0.5
-        probe = (moved * (chosen * weights).to(x)).sum()
-        grads = torch.autograd.grad(probe, [c.output for c in self.calls], allow_unused=True, retain_graph=True)
-        return [_feed(c, g, chosen.to(x.device)) for c, g in zip(self.calls, grads, strict=True) if g is not None]
+        probe = (moved * (chosen * weights).to(moved)).sum()
+        return torch.autograd.grad(probe, [c.output for c in calls], allow_unused=True, retain_graph=True)
+
+    def _wide(self, feed: _Feed, moved: Tensor) -> _Feed:
+        """The same feed, if each of its channels arrives as a run of inputs: the columns of a flattened map."""
+        channels = feed.call.size
+        width, rest = divmod(moved.shape[-1], channels)
+        if rest or width < 2 or channels < 2:  # a single channel touches itself alone, whatever its way
+            return feed
+        chosen = torch.zeros(channels, dtype=torch.bool)
+        chosen[torch.randperm(channels, generator=self._generator)[: channels // 2]] = True
+        (grad,) = self._gradients(moved, chosen.repeat_interleave(width), [feed.call])
+        found = _feed(feed.call, grad, chosen.to(moved.device)) if grad is not None else feed
+        return dataclasses.replace(found, width=width) if found.complete else feed
 
 
 def _feed(call: _Call, grad: Tensor, chosen: Tensor) -> _Feed:
@@ -264,9 +283,10 @@ def _norm_group(call: _Call) -> NeuronGroup:
 
 def _input_group(call: _Call) -> NeuronGroup | None:
     """Hidden units or attention values at the input of a layer, where there are any."""
-    feeds = call.feeds
-    if call.inputs is None or not feeds:
+    if call.inputs is None or not call.feeds:
         return None
+    width = min((f.width for f in call.feeds if f.offsets), default=1)
+    feeds = [f if f.width == width else _Feed(f.call, (), False) for f in call.feeds]  # a gate over runs of channels is no owner
     if any(f.call.is_norm and f.offsets for f in feeds):
         return None  # the norm in front has these neurons already
     if not any(f.offsets for f in feeds) and len(feeds) > 1:
@@ -276,8 +296,8 @@ def _input_group(call: _Call) -> NeuronGroup | None:
         return None  # several writers of a residual stream, which all later layers read
     rows = [s for f in feeds for offset in f.offsets for s in _rows(f.call, offset)]
     axis, size = call.inputs
-    gate = ParamSlice(call.rows[0].param, axis)
-    return NeuronGroup(call.name, size, (gate, *rows), "attention" if attention else "hidden", caller=call.caller)
+    gate = ParamSlice(call.rows[0].param, axis, 0, width)
+    return NeuronGroup(call.name, size // width, (gate, *rows), "attention" if attention else "hidden", caller=call.caller)
 
 
 def _rows(call: _Call, offset: int) -> list[ParamSlice]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_purify.errors import ConfigError, IndexMismatch
-from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, shaped
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, shaped, spread
 
 MASK_FILE = "neuron_mask.safetensors"
 MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
@@ -39,7 +39,7 @@ class _Scale(nn.Module):
 
 def _scaled(weight: Tensor, scale: Tensor, part: ParamSlice) -> Tensor:
     """A parameter with what the neurons of a group own in it multiplied by `scale`, one value per neuron."""
-    scale = scale.to(weight.device, weight.dtype)
+    scale = spread(scale, part).to(weight.device, weight.dtype)
     if scale.numel() != weight.shape[part.axis]:
         full = weight.new_ones(weight.shape[part.axis])
         scale = torch.cat([full[: part.start], scale, full[part.start + scale.numel() :]])
@@ -107,7 +107,7 @@ def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias:
     axis = 1 if _is_conv(module) else -1
 
     def gate(x: Tensor) -> Tensor:
-        return x * shaped(views()[group.name].to(x.device, x.dtype), x.dim(), axis)
+        return x * shaped(spread(views()[group.name], group.gate).to(x.device, x.dtype), x.dim(), axis)
 
     if group.role != "head":
         return [module.register_forward_pre_hook(lambda _, inputs: (gate(inputs[0]), *inputs[1:]))]
@@ -193,8 +193,8 @@ def bake(model: nn.Module, index: NeuronIndex, mask: Tensor, bias: bool = False)
     index.check(mask)
     for group, part in ((g, p) for g in index for p in _parts(g, bias)):
         weight = get_tensor(model, part.param)
-        scale = shaped(index.split(mask)[group.name].to(weight.device, weight.dtype), weight.dim(), part.axis)
-        weight.narrow(part.axis, part.start, group.size).mul_(scale)
+        scale = spread(index.split(mask)[group.name], part).to(weight.device, weight.dtype)
+        weight.narrow(part.axis, part.start, scale.numel()).mul_(shaped(scale, weight.dim(), part.axis))
     return model
 
 

@@ -22,11 +22,15 @@ ROLES = ("hidden", "norm", "head", "attention", "embedding")
 
 
 class ParamSlice(NamedTuple):
-    """What neuron `i` owns of one parameter: indices `start + i` along `axis`."""
+    """What neuron `i` owns of one parameter: `width` indices along `axis`, from `start + i * width` on.
+
+    The width is 1, but where a layer reads flattened maps: there a channel has a column for each of its positions.
+    """
 
     param: str
     axis: int
     start: int = 0
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,9 @@ class NeuronIndex:
 
     def fingerprint(self) -> str:
         """A hash over checkpoint keys, axes and sizes; saved with every mask, checked before one is used."""
-        rows = [[self.keys.get(g.gate.param, g.gate.param), g.gate.axis, g.gate.start, g.size] for g in self.groups]
+        rows: list[list[str | int]] = [[self.keys.get(g.gate.param, g.gate.param), g.gate.axis, g.gate.start, g.size] for g in self.groups]
+        for row, group in zip(rows, self.groups, strict=True):
+            row += [group.gate.width] if group.gate.width > 1 else []
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
@@ -166,4 +172,10 @@ def shaped(vector: Tensor, ndim: int, axis: int) -> Tensor:
 
 def owned(tensor: Tensor, part: ParamSlice, size: int) -> Tensor:
     """A view `(size, ...)` of what the neurons of a group own in a parameter: neuron axis first."""
-    return tensor.narrow(part.axis, part.start, size).movedim(part.axis, 0)
+    run = tensor.narrow(part.axis, part.start, size * part.width)
+    return (run.unflatten(part.axis, (size, part.width)) if part.width > 1 else run).movedim(part.axis, 0)
+
+
+def spread(values: Tensor, part: ParamSlice) -> Tensor:
+    """One value per index that is owned in a parameter: `(size,) -> (size * width,)`."""
+    return values.repeat_interleave(part.width) if part.width > 1 else values

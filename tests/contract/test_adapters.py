@@ -87,7 +87,7 @@ def test_index_addresses_real_slices(name: str, variant: str) -> None:
     for group in bench.index:
         bench.model.get_submodule(group.module)
         for part in group.params:
-            assert part.start + group.size <= get_tensor(bench.model, part.param).shape[part.axis], (group.name, part)
+            assert part.start + group.size * part.width <= get_tensor(bench.model, part.param).shape[part.axis], (group.name, part)
     (head,) = bench.index.where(role="head").groups
     assert head.size == bench.tiny.classes
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_purify.discovery import axes, discover
 from hf_purify.errors import ModelError
-from hf_purify.neurons import NeuronIndex
+from hf_purify.neurons import NeuronIndex, ParamSlice
 
 
 def find(model: nn.Module, x: Tensor, classes: int = 5) -> NeuronIndex:
@@ -22,9 +22,10 @@ def roles(index: NeuronIndex) -> dict[str, str]:
     return {g.name: g.role for g in index}
 
 
-def params(index: NeuronIndex, name: str) -> list[tuple[str, int, int]]:
+def params(index: NeuronIndex, name: str) -> list[tuple]:
+    """What a neuron owns: parameter, axis, start; and the width where it is not 1."""
     (group,) = (g for g in index if g.name == name)
-    return [tuple(p) for p in group.params]
+    return [tuple(p) if p.width > 1 else tuple(p)[:3] for p in group.params]
 
 
 def test_resnet_has_a_channel_per_norm_with_its_filter() -> None:
@@ -103,6 +104,64 @@ def test_plain_stack_without_norms() -> None:
     assert [(g.name, g.role, g.size) for g in index] == [("2", "hidden", 4), ("6", "hidden", 6), ("6[out]", "head", 5)]
     assert params(index, "2") == [("2.weight", 1, 0), ("0.weight", 0, 0), ("0.bias", 0, 0)]
     assert {g.block for g in index} == {0}
+
+
+def flat_head(middle: list[nn.Module]) -> nn.Module:
+    """A head that reads maps of 6 channels and 3 x 3 positions, as that of VGG does."""
+    filters = [nn.Conv2d(3, 6, 3, padding=1), *middle, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return nn.Sequential(*filters, nn.Flatten(), nn.Dropout(), nn.Linear(54, 7), nn.ReLU(), nn.Linear(7, 5))
+
+
+def test_flattened_maps_have_a_neuron_per_channel() -> None:
+    index = find(flat_head([]), torch.randn(2, 3, 6, 6))
+    assert [(g.name, g.role, g.size) for g in index] == [("5", "hidden", 6), ("7", "hidden", 7), ("7[out]", "head", 5)]
+    assert params(index, "5") == [("5.weight", 1, 0, 9), ("0.weight", 0, 0), ("0.bias", 0, 0)]
+
+
+def test_flattened_maps_of_a_norm_are_the_norms_neurons() -> None:
+    index = find(flat_head([nn.BatchNorm2d(6)]), torch.randn(2, 3, 6, 6))
+    assert [(g.name, g.role, g.size) for g in index] == [("1", "norm", 6), ("8", "hidden", 7), ("8[out]", "head", 5)]
+
+
+def test_flattened_maps_with_channels_last_are_told_apart() -> None:
+    """A channel's columns are no run there: each position stays a unit of its own."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(54, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x).permute(0, 2, 3, 1).flatten(1))
+
+    index = find(Last(), torch.randn(2, 3, 3, 3))
+    assert params(index, "head") == [("head.weight", 1, 0)]
+    assert roles(index) == {"head": "hidden", "head[out]": "head"}
+
+
+def test_channels_that_are_unfolded_into_more_channels() -> None:
+    """The inputs of a convolution behind `PixelUnshuffle` are runs of the channels in front of it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PixelUnshuffle(2), nn.Conv2d(16, 6, 1), nn.Flatten(), nn.Linear(54, 5))
+    index = find(model, torch.randn(2, 3, 6, 6))
+    assert params(index, "2") == [("2.weight", 1, 0, 4), ("0.weight", 0, 0), ("0.bias", 0, 0)]
+    assert params(index, "4") == [("4.weight", 1, 0, 9), ("2.weight", 0, 0), ("2.bias", 0, 0)]
+
+
+class Grouped(nn.Module):
+    """Hidden units behind a gate that opens three of them at a time, or one gate for all."""
+
+    def __init__(self, gates: int) -> None:
+        super().__init__()
+        self.up, self.gate, self.head = nn.Linear(4, 6), nn.Linear(4, gates), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x) * self.gate(x).sigmoid().repeat_interleave(6 // self.gate.out_features, 1))
+
+
+@pytest.mark.parametrize("gates", [1, 2])
+def test_gate_over_runs_of_units_owns_none_of_them(gates: int) -> None:
+    index = find(Grouped(gates), torch.randn(2, 4))
+    assert params(index, "head") == [("head.weight", 1, 0), ("up.weight", 0, 0), ("up.bias", 0, 0)]
 
 
 class Gated(nn.Module):
@@ -237,7 +296,7 @@ def test_fused_projections_that_are_called_as_functions(name: str, side: int) ->
     assert len(groups) == 2
     for group in groups:
         qkv = group.name.replace("proj", "qkv.weight")
-        assert tuple(group.params[1]) == (qkv, 0, 2 * group.size)
+        assert group.params[1] == ParamSlice(qkv, 0, 2 * group.size)
 
 
 class Residual(nn.Module):

@@ -94,7 +94,7 @@ def test_gpt2_layers_have_their_neurons_on_the_other_axis() -> None:
     x = torch.randn(3, 4)
     index = discover(model, lambda m: m(x), 5)
     hidden = index.where(role="hidden")
-    assert [tuple(p) for p in hidden.groups[0].params] == [("2.weight", 0, 0), ("0.weight", 1, 0), ("0.bias", 0, 0)]
+    assert hidden.groups[0].params == (ParamSlice("2.weight", 0), ParamSlice("0.weight", 1), ParamSlice("0.bias", 0))
     mask = torch.rand(len(index))
     with torch.no_grad():
         found = []
@@ -184,6 +184,45 @@ def test_masked_value_of_torchs_attention_is_silent_and_gets_a_gradient() -> Non
         owned(values[own.param].detach(), own, 8)[0] = 7.0
     with torch.no_grad(), masked(model, part, torch.linspace(0, 1, 8)):
         torch.testing.assert_close(model(x), out.detach())
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["module", "function"])
+def test_channel_of_flattened_maps_is_masked_at_all_its_positions(called: bool, tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.wide, self.mid = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(24, 4, 1), nn.Linear(36, 7)
+            self.fold, self.head = nn.PixelUnshuffle(2), nn.Linear(7, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.wide(self.fold(self.conv(x).relu())).relu().flatten(1)
+            return self.head((torch.nn.functional.linear(x, self.mid.weight, self.mid.bias) if called else self.mid(x)).relu())
+
+    torch.manual_seed(0)
+    model, x = Flat().eval(), torch.randn(2, 3, 6, 6)
+    index = discover(model, lambda m: m(x), 5)
+    assert [(g.name, g.size, g.gate.width) for g in index] == [("wide", 6, 4), ("mid", 4, 9), ("head", 7, 1), ("head[out]", 5, 1)]
+    mask = torch.rand(len(index), generator=torch.Generator().manual_seed(1))
+    mask[7] = 0
+    baked = bake(copy.deepcopy(model), index, mask)
+    assert not baked.mid.weight[:, 9:18].any()
+    torch.testing.assert_close(baked.mid.weight[:, 18:27], model.mid.weight[:, 18:27] * mask[8])
+    grads = []
+    for level in ("activation", "weight"):
+        learned = nn.Parameter(mask.clone())
+        with masked(model, index, learned, level=level):
+            out = model(x)
+            out.square().sum().backward()
+        torch.testing.assert_close(out, baked(x))
+        grads.append(learned.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    silent = index.embed(part := index.where("mid"), torch.tensor([1.0, 0, 1, 1]))
+    hand = copy.deepcopy(model)
+    nn.init.zeros_(hand.wide.weight[1]), nn.init.zeros_(hand.wide.bias[1:2])
+    with masked(model, index, silent):
+        torch.testing.assert_close(model(x), hand(x))
+    save_mask(tmp_path / "m.safetensors", part, silent[6:10])
+    assert torch.equal(load_mask(tmp_path / "m.safetensors", index)[0], silent)
 
 
 def test_two_groups_of_one_weight_that_is_called_as_a_function() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_purify.errors import IndexMismatch, ModelError
-from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, owned, shaped
+from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, owned, shaped, spread
 
 
 def group(name: str, size: int, role: str = "hidden", block: int = 0, axis: int = 1) -> NeuronGroup:
@@ -94,6 +94,7 @@ def test_fingerprint_is_taken_over_keys_axes_and_sizes() -> None:
     assert changed(size=4) != INDEX.fingerprint()
     assert changed(params=(ParamSlice("stem.norm.weight", 0),)) != INDEX.fingerprint()
     assert changed(params=(ParamSlice("stem.norm.weight", 1, 3),)) != INDEX.fingerprint()
+    assert changed(params=(ParamSlice("stem.norm.weight", 1, 0, 4),)) != INDEX.fingerprint()
     assert NeuronIndex(INDEX.groups[::-1]).fingerprint() != INDEX.fingerprint()
 
 
@@ -115,6 +116,13 @@ def test_owned_is_a_view_with_neurons_first() -> None:
     view[1] = 0
     assert weight[:, 5].tolist() == [0, 0]
     assert int((weight == 0).sum()) == 3
+    runs = ParamSlice("w", 1, 2, 5)
+    view = owned(weight, runs, 2)
+    assert view.shape == (2, 2, 5), "neurons, rows, positions"
+    view[1] = -1
+    assert (weight == -1).nonzero()[:, 1].tolist() == [7, 8, 9, 10, 11] * 2
+    assert spread(torch.tensor([3.0, 4.0]), runs).tolist() == [3] * 5 + [4] * 5
+    assert spread(torch.tensor([3.0, 4.0]), ParamSlice("w", 1)).tolist() == [3, 4]
     assert shaped(torch.ones(5), 4, 1).shape == (1, 5, 1, 1)
     assert shaped(torch.ones(5), 3, -1).shape == (1, 1, 5)
 

@@ -173,6 +173,20 @@ def test_reset_touches_the_chosen_neurons_alone() -> None:
                 assert not owned(same, part, group.size)[position].all(), key
 
 
+def test_channel_of_flattened_maps_is_reset_and_kept_removed_at_all_its_positions() -> None:
+    task, _ = trained()
+    torch.manual_seed(0)
+    x = task.data.batch(torch.arange(2))["pixel_values"]
+    task.model = nn.Sequential(nn.Conv2d(x.shape[1], 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * x[0, 0].numel(), 4))
+    index = discover(task.model, lambda m: m(x), 4).where("3")
+    width, head = x[0, 0].numel(), task.model[3].weight
+    gone = torch.tensor([False, True, False])
+    reset_neurons(task.model, index, gone, torch.Generator().manual_seed(0))
+    relearn(task, TrainConfig(steps=3, batch_size=16, lr=0.1), index=index, removed=gone)
+    assert (len(index), width > 1) == (3, True)
+    assert (head.detach() == 0).all(0).tolist() == [False] * width + [True] * width + [False] * width
+
+
 def test_reset_rows_are_drawn_within_their_bound_and_seeded() -> None:
     task, index = trained()
     chosen = torch.ones(len(index), dtype=torch.bool)

@@ -30,9 +30,9 @@ def by_hand(index: NeuronIndex, tensors: dict[str, Tensor]) -> Tensor:
     for group in index:
         for i in range(group.size):
             total = 0.0
-            for name, axis, start in group.params:
-                if name in tensors:
-                    total += float(tensors[name].select(axis, start + i).double().sum())
+            for name, axis, start, width in group.params:
+                for k in range(width if name in tensors else 0):
+                    total += float(tensors[name].select(axis, start + i * width + k).double().sum())
             found.append(total)
     return torch.tensor(found)
 
@@ -45,6 +45,21 @@ def test_per_neuron_is_the_sum_over_owned_slices() -> None:
     torch.testing.assert_close(scores, by_hand(index, values), atol=1e-5, rtol=1e-5)
     some = {"5.weight": values["5.weight"]}
     torch.testing.assert_close(per_neuron(index, some), by_hand(index, some), atol=1e-5, rtol=1e-5)
+
+
+def test_per_neuron_sums_a_channel_of_flattened_maps_over_its_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5))
+    x = torch.randn(2, 3, 4, 4)
+    index = discover(model, lambda m: m(x), 5)
+    values = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    scores = per_neuron(index, values)
+    torch.testing.assert_close(scores, by_hand(index, values), atol=1e-5, rtol=1e-5)
+    columns = values["3.weight"].view(5, 4, 4).sum((0, 2))
+    torch.testing.assert_close(scores[:4], columns + values["0.weight"].sum((1, 2, 3)) + values["0.bias"])
+    bound = lipschitz(model, index)[1]
+    filters = torch.linalg.svdvals(model[0].weight.detach()[1].reshape(3, 9))[0]
+    assert float(bound) == pytest.approx(float(filters * torch.linalg.svdvals(model[3].weight.detach()[:, 4:8])[0]), rel=1e-4)
 
 
 def test_weight_change_is_the_absolute_move() -> None:
