@@ -26,6 +26,7 @@ from hf_purify.adapter import Adapter, Batch, Examples
 from hf_purify.errors import ConfigError, DataError, Diverged
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+WARM_UP = 1 / 25  # share of the rate that a warm-up starts at, as torch's OneCycleLR does: the first step counts
 
 
 @dataclass
@@ -65,7 +66,7 @@ class TrainConfig:
         batch_size: samples a step over all processes; at most the data, unless drawn with replacement.
         replacement: draw with replacement.
         optimizer: `sgd` or `adamw`.
-        schedule: `constant`, `cosine` (to `lr_end`) or `onecycle`.
+        schedule: `constant`, `cosine` (to `lr_end`) or `onecycle` (up from `lr / 25` in a fifth of the steps, then down to `lr_end`).
         clip: bound on the gradient norm, None for none.
         ascend: maximise the loss.
         mixup: MixUp with one Beta(1, 1) share a batch.
@@ -168,7 +169,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
         t = min(1.0, (step // config.schedule_every) / periods)
         floor = config.lr_end / config.lr
         if config.schedule == "onecycle":
-            return t / 0.2 if t < 0.2 else floor + (1 - floor) * (1 - t) / 0.8
+            return WARM_UP + (1 - WARM_UP) * t / 0.2 if t < 0.2 else floor + (1 - floor) * (1 - t) / 0.8
         return floor + (1 - floor) * (1 + math.cos(math.pi * t)) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

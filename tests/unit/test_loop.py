@@ -264,9 +264,10 @@ def test_steps_of_epochs() -> None:
         ({"schedule": "cosine"}, [(1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]),
         ({"schedule": "cosine", "lr_end": 0.4}, [0.4 + 0.6 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]),
         ({"schedule": "cosine", "schedule_every": 5}, [1.0] * 5 + [0.5] * 5),
-        ({"schedule": "onecycle"}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"schedule": "onecycle"}, [0.04, 0.52, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"schedule": "onecycle", "schedule_every": 5}, [0.04] * 5 + [0.625] * 5),
     ],
-    ids=["constant", "cosine", "cosine to a floor", "in periods", "onecycle"],
+    ids=["constant", "cosine", "cosine to a floor", "in periods", "onecycle", "onecycle in periods"],
 )
 def test_schedules(settings: dict[str, Any], expected: list[float]) -> None:
     """With a constant gradient of 1 and plain SGD, each step shows its rate."""
@@ -284,6 +285,16 @@ def test_schedules(settings: dict[str, Any], expected: list[float]) -> None:
     config = TrainConfig(steps=10, batch_size=10, lr=1.0, momentum=0.0, **settings)
     train(made, [weight], config, after_backward=flat, after_step=read)
     assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def test_warm_up_starts_at_the_rate_of_torchs_onecycle() -> None:
+    made = task()
+    weight = made.model[3].bias
+    reference = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([weight], lr=1.0), max_lr=0.5, total_steps=10)
+    before = weight.detach().clone()
+    config = TrainConfig(steps=1, batch_size=10, lr=0.5, momentum=0.0, schedule="onecycle")
+    train(made, [weight], config, after_backward=lambda _: setattr(weight, "grad", torch.ones_like(weight)))
+    torch.testing.assert_close(before - weight.detach(), torch.full_like(weight, reference.get_last_lr()[0]))
 
 
 def test_augmentation_is_used_in_training_alone() -> None:
