@@ -10,20 +10,10 @@ import numpy as np
 from PIL import Image
 
 from hf_purify import output
+from hf_purify.comparison import open_comparison
 from hf_purify.errors import ConfigError
-from hf_purify.purifier import (
-    figures,
-    make_context,
-    make_report,
-    make_row,
-    open_bench,
-    open_session,
-    read_clean,
-    repair,
-    run_implant,
-    samples_of,
-    snapshot,
-)
+from hf_purify.provenance import report_repair
+from hf_purify.purifier import run_implant
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe
 from hf_purify.registry import find, make_method, names
 from hf_purify.report import Report
@@ -103,28 +93,16 @@ def compare(recipe: PurifyRecipe) -> Report:
     Which one is saved is fixed beforehand: taking the best of the table would be a choice made with the trigger known.
     """
     with output.folder(recipe.output, recipe.overwrite) as out:
-        session = open_session(recipe)
-        clean = read_clean(session, recipe)
-        bench = open_bench(session)
-        ctx = make_context(session, clean, recipe.held_out)
-        base = snapshot(session.model)
-        before = figures(session, bench)
-        rows = [make_row("none", "unrepaired", before, None, bench, None, {})]
-        kept: tuple[Any, ...] | None = None
-        for name in sorted(names("method"), key=lambda n: (find("method", n).control, n)):
-            method = make_method(name)
-            session.model.load_state_dict(base)
-            done = repair(ctx, method, recipe.seed)
-            after = figures(session, bench)
-            rows.append(make_row(name, "control" if method.control else "method", after, before, bench, done.seconds, done.verdict.notes))
-            if name == KEPT:
-                kept = (method, done, after)
-        if kept is None:
+        comparison = open_comparison(recipe)
+        ordered = sorted(names("method"), key=lambda n: (find("method", n).control, n))
+        repairs = {name: comparison.repair(make_method(name)) for name in ordered}
+        if KEPT not in repairs:
             raise ConfigError(f"the demo keeps the repair by '{KEPT}', which is not among the methods")
-        method, done, after = kept
-        session.model.load_state_dict(done.state)
-        title = f"Every method on one backdoored classifier; the checkpoint beside this page is the repair by {method.name}"
-        report = make_report(session, ctx, clean, method, done, rows, samples_of(session, bench, before, after), title)
+        done = repairs[KEPT]
+        comparison.keep(done)
+        rows = [comparison.unrepaired, *(r.row for r in repairs.values())]
+        title = f"Every method on one backdoored classifier; the checkpoint beside this page is the repair by {KEPT}"
+        report = report_repair(comparison, done, rows, title)
         if out is not None:
-            output.write(out, session, ctx.index, base, done, report)
+            output.write(out, comparison, done, report)
     return report

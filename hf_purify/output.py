@@ -22,9 +22,10 @@ from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
 
 if TYPE_CHECKING:
-    from hf_purify.purifier import Repair, Session
+    from hf_purify.comparison import Comparison, Repair
     from hf_purify.recipe import ImplantRecipe, Recipe
     from hf_purify.report import Report
+    from hf_purify.session import Session
 
 PACKAGES = ("hf-purify", "torch", "transformers", "timm", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
 
@@ -75,11 +76,12 @@ def _put(work: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write(out: Path, session: Session, index: NeuronIndex, base: dict[str, Tensor], done: Repair, report: Report) -> None:
+def write(out: Path, comparison: Comparison, done: Repair, report: Report) -> None:
     """Write checkpoint, neuron mask, recipe and report."""
+    session, index = comparison.session, comparison.context.index
     save_checkpoint(out, session)
     mark(out, None)
-    names = stored_buffers(session.model, base, done.state, index, done.verdict.mask)
+    names = stored_buffers(session.model, comparison.base, done.state, index, done.verdict.mask)
     complete = names is not None
     extra = {index.keys.get(n, n): done.state[n] for n in names or []}
     save_mask(out / MASK_FILE, index, done.verdict.mask, extra, complete=complete)

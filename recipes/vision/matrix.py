@@ -12,26 +12,14 @@ import argparse
 import json
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_purify.comparison import open_comparison
 from hf_purify.errors import NotAVictim
-from hf_purify.purifier import (
-    Bench,
-    Figures,
-    Session,
-    figures,
-    make_context,
-    make_row,
-    open_bench,
-    open_session,
-    read_clean,
-    repair,
-    snapshot,
-)
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
+from hf_purify.report import Row
 
 from . import victims
 from .networks import CIFAR_CLASSES, PLAIN, load_cifar
@@ -77,29 +65,16 @@ def run(network: str, trigger: str, methods: list[str], seed: int, samples: int,
     missing = [m for m in methods if not cell(place, m, seed, samples).exists()]
     if not missing:
         return
-    recipe = recipe_of(network, trigger, seed, samples, folder)
-    session = open_session(recipe)
-    clean = read_clean(session, recipe)
-    bench, base = open_bench(session), snapshot(session.model)
-    before = figures(session, bench)
+    comparison = open_comparison(recipe_of(network, trigger, seed, samples, folder))
     common = {"network": network, "trigger": trigger, "seed": seed, "samples": samples}
-    save(cell(place, "none", seed, samples), common | row_of("none", "unrepaired", before, None, bench, None, {}))
+    save(cell(place, "none", seed, samples), common | row_of(comparison.unrepaired))
     for name in missing:
-        save(cell(place, name, seed, samples), common | one(session, recipe, clean, bench, base, before, name))
+        done = comparison.repair(make_method(name, **SEQUENCES.get(name, {})))
+        save(cell(place, name, seed, samples), common | row_of(done.row))
 
 
-def one(session: Session, recipe: PurifyRecipe, clean: Any, bench: Bench, base: dict, before: Figures, name: str) -> dict[str, Any]:
-    """One repair from the original weights."""
-    session.model.load_state_dict(base)
-    ctx = make_context(replace(session, recipe=recipe), clean, recipe.held_out)
-    method = make_method(name, **SEQUENCES.get(name, {}))
-    done = repair(ctx, method, recipe.seed)
-    return row_of(name, "control" if method.control else "method", figures(session, bench), before, bench, done.seconds, done.verdict.notes)
-
-
-def row_of(*parts: Any) -> dict[str, Any]:
+def row_of(row: Row) -> dict[str, Any]:
     """One row of a report's table as plain values."""
-    row = make_row(*parts)
     trigger = next(iter(row.asr))
     return {
         "method": row.name,

@@ -1,0 +1,97 @@
+"""Reports of the jobs: their rows, with where each figure comes from: model, clean data, method, versions, command, warnings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_purify import output
+from hf_purify.bench import samples_of
+from hf_purify.comparison import Comparison, Repair
+from hf_purify.method import Method
+from hf_purify.report import NeuronLayer, Report, Row
+from hf_purify.session import Session
+
+
+def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> Report:
+    """A report with what is known of every job; `parts` are its other fields."""
+    recipe = session.recipe
+    known = {"checkpoint": describe_model(session), "versions": output.versions(), "seed": recipe.seed, "command": output.command(recipe)}
+    return Report(title=title, task=session.adapter.task, rows=rows, **{**known, **parts})
+
+
+def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: str | None = None) -> Report:
+    """Everything about a repair."""
+    session, index, verdict = comparison.session, comparison.context.index, done.verdict
+    masks, scores = index.split(verdict.mask), index.split(verdict.scores)
+    chosen = verdict.notes.get("threshold")
+    report = make_report(
+        session,
+        title or f"{done.method.name} on {session.loaded.source}",
+        rows,
+        clean=describe_clean(comparison),
+        method={"name": done.method.name, "config": method_config(done.method)},
+        layers=[NeuronLayer.of(g, masks[g.name], scores[g.name]) for g in index],
+        curve=[dict(p) for p in verdict.curve],
+        curve_chosen=chosen if isinstance(chosen, float) else None,
+        samples=samples_of(session, comparison.bench, comparison.before, done.figures),
+        warnings=warnings_of(rows),
+    )
+    return report.attach(session.model, index, verdict)
+
+
+def method_config(method: Method) -> dict[str, Any]:
+    """Settings of a method; of a sequence, those of each part."""
+    parts = getattr(method, "methods", None)
+    return {m.name: method_config(m) for m in parts} if parts else dataclasses.asdict(method.config)
+
+
+def describe_model(session: Session) -> dict[str, Any]:
+    """What is known of the model."""
+    loaded = session.loaded
+    return {
+        "source": loaded.source,
+        "revision": loaded.revision,
+        "kind": loaded.kind,
+        "architecture": type(loaded.model).__name__,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "classes": session.classes,
+    }
+
+
+def describe_clean(comparison: Comparison) -> dict[str, Any]:
+    """What is known of the clean samples, with a digest of their content."""
+    clean, context, recipe = comparison.clean, comparison.context, comparison.session.recipe
+    digest = hashlib.sha256()
+    for i in range(len(clean)):
+        raw = clean.raw(i)
+        digest.update(raw.numpy().tobytes() if isinstance(raw, Tensor) else repr(raw).encode())
+    counts = torch.bincount(clean.labels, minlength=comparison.session.classes)
+    source = getattr(recipe, "clean", None)
+    return {
+        "source": str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else f"<{type(source).__name__}>",
+        "split": recipe.split,
+        "samples": len(clean),
+        "per_class": f"{int(counts.min())}..{int(counts.max())}",
+        "held_out": 0 if context.judged is context.data else len(context.judged),
+        "augmentation": context.augmentation,
+        "fingerprint": digest.hexdigest()[:32],
+    }
+
+
+def warnings_of(rows: list[Row]) -> list[str]:
+    """What a reader must not overlook."""
+    found = []
+    first, last = rows[0], rows[1] if len(rows) > 1 else rows[0]
+    for name, value in first.asr.items():
+        if value.value < 0.9:
+            found.append(
+                f"the unrepaired model's ASR for {name} is {value}: under 90 %, so it is no victim of this trigger and the repair proves little"
+            )
+    if last is not first and first.clean_accuracy and last.clean_accuracy and first.clean_accuracy.value - last.clean_accuracy.value > 0.02:
+        found.append(f"the repair cost {100 * (first.clean_accuracy.value - last.clean_accuracy.value):.1f} points of clean accuracy")
+    return found

@@ -1,0 +1,91 @@
+"""A recipe's model on its device, with its modality: what every job works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from hf_purify import hub
+from hf_purify.adapter import Adapter, Examples, Loaded
+from hf_purify.errors import ConfigError
+from hf_purify.loop import Task
+from hf_purify.recipe import ImplantRecipe, Recipe
+from hf_purify.registry import find
+
+
+@dataclass
+class Session:
+    """A loaded model on its device, with its modality."""
+
+    recipe: Recipe
+    adapter: Adapter
+    accelerator: Accelerator
+    loaded: Loaded
+    classes: int
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.loaded.model
+
+    def task(self, data: Examples, augmentation: str = "none") -> Task:
+        """The model with data to train or to judge it on."""
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        return Task(self.model, self.adapter, data, generator, self.accelerator, augmentation)
+
+    def read(self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False) -> Examples:
+        """Read a data set for this model, with the recipe's columns.
+
+        Args:
+            samples: draw so many, class-balanced; None takes all.
+            shuffled: take all in a seeded order, not as they lie.
+        """
+        recipe = self.recipe
+        return self.adapter.examples(
+            data,
+            self.loaded,
+            split=split,
+            samples=samples,
+            balanced=shuffled or samples is not None,
+            seed=recipe.seed,
+            image_column=recipe.image_column,
+            label_column_name=recipe.label_column,
+            to_rgb=recipe.to_rgb,
+        )
+
+
+def open_session(recipe: Recipe) -> Session:
+    """Load the recipe's model, pinned and safe, and place it on its device."""
+    set_seed(recipe.seed)
+    accelerator = make_accelerator(recipe)
+    adapter = find("adapter", recipe.adapter)()
+    loaded = load(recipe, adapter)
+    loaded.model.to(accelerator.device)
+    if recipe.channels_last:
+        loaded.model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        loaded.model.compile()
+    return Session(recipe, adapter, accelerator, loaded, adapter.classes(loaded))
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """An `Accelerator` for the recipe's device and precision."""
+    if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
+        raise ConfigError(f"device '{recipe.device}' was asked for, but no CUDA device is available")
+    return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+
+
+def load(recipe: Recipe, adapter: Adapter) -> Loaded:
+    """The recipe's model: one that is loaded already, a module, a new one to be trained, or a checkpoint."""
+    if isinstance(recipe.model, Loaded):
+        return recipe.model
+    if isinstance(recipe.model, torch.nn.Module):
+        return adapter.load(recipe.model, processor=recipe.processor, labels=recipe.labels)
+    name = str(recipe.model)
+    if isinstance(recipe, ImplantRecipe) and recipe.create:
+        return adapter.create(name, recipe.classes or 0, **recipe.model_options)
+    pulled = hub.pull(adapter.locate(name) or name, recipe.revision)
+    return adapter.load(pulled.folder, name=name, revision=pulled.revision)
