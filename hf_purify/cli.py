@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -265,42 +265,6 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _kinds() -> dict[str, Callable[[], dict[str, str]]]:
-    """What `list` and `show` know: kind -> name -> one line."""
-    from hf_purify import registry
-
-    def methods() -> dict[str, str]:
-        found = {n: registry.find("method", n) for n in registry.names("method")}
-        return {n: ("control: " if c.control else "") + _first_line(c) for n, c in found.items()}
-
-    def adapters() -> dict[str, str]:
-        return {n: _first_line(sys.modules[registry.find("adapter", n).__module__]) for n in registry.names("adapter")}
-
-    def triggers() -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name in registry.names("adapter"):
-            found |= {n: f"{name}: {_first_line(c)}" for n, c in registry.find("adapter", name)().triggers().items()}
-        return found
-
-    return {
-        "methods": methods,
-        "adapters": adapters,
-        "triggers": triggers,
-        "recipes": lambda: {n: p.as_posix() for n, p in _recipes().items()},
-    }
-
-
-def _recipes() -> dict[str, Path]:
-    from importlib.resources import files
-
-    root = Path(str(files("hf_purify_recipes")))
-    return {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*.yaml"))}
-
-
-def _first_line(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().partition("\n")[0]
-
-
 @app.command("list")
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, adapters, triggers or recipes.")] = "methods",
@@ -308,7 +272,9 @@ def list_(
 ) -> None:
     """List methods, adapters, triggers or recipes."""
     with _errors():
-        kinds = _kinds()
+        from hf_purify import catalogue
+
+        kinds = catalogue.kinds()
         kind = kind if kind in kinds else f"{kind}s"
         if kind not in kinds:
             raise unknown("kind", kind, kinds)
@@ -332,43 +298,13 @@ def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or
         from rich.console import Console
         from rich.markdown import Markdown
 
-        from hf_purify import registry
+        from hf_purify import catalogue
 
-        console = Console()
-        recipes = _recipes()
-        if name in registry.names("method"):
-            method = registry.find("method", name)
-            console.print(Markdown(method.card()))
-            console.print(Markdown("## Settings\n\n" + _fields(method.config_class)))
-            return
+        recipes = catalogue.recipes()
         if name in recipes:
             typer.echo(recipes[name].read_text("utf-8"))
-            return
-        for adapter in registry.names("adapter"):
-            found = registry.find("adapter", adapter)
-            if name == adapter:
-                console.print(
-                    Markdown(
-                        f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(found().triggers())}."
-                    )
-                )
-                return
-            if name in found().triggers():
-                trigger = found().triggers()[name]
-                console.print(Markdown(f"# {name}\n\n{trigger.__doc__ or ''}\n\n## Settings\n\n" + _fields(trigger)))
-                return
-        kinds = _kinds()
-        raise unknown("name", name, [n for k in kinds.values() for n in k()])
-
-
-def _fields(config: Any) -> str:
-    import dataclasses
-
-    lines = []
-    for field in dataclasses.fields(config):
-        default = field.default if field.default is not dataclasses.MISSING else "required"
-        lines.append(f"- `{field.name}` = `{default}`")
-    return "\n".join(lines) or "none"
+        else:
+            Console().print(Markdown(catalogue.card(name)))
 
 
 @app.command()

@@ -1,0 +1,74 @@
+"""What is installed: methods, adapters, triggers and recipes, each with a line of description and a card."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hf_purify import registry
+from hf_purify.errors import unknown
+
+
+def kinds() -> dict[str, Callable[[], dict[str, str]]]:
+    """What can be listed: kind -> name -> one line."""
+    return {
+        "methods": methods,
+        "adapters": adapters,
+        "triggers": triggers,
+        "recipes": lambda: {name: path.as_posix() for name, path in recipes().items()},
+    }
+
+
+def methods() -> dict[str, str]:
+    found = {name: registry.find("method", name) for name in registry.names("method")}
+    return {name: ("control: " if method.control else "") + _first_line(method) for name, method in found.items()}
+
+
+def adapters() -> dict[str, str]:
+    return {name: _first_line(sys.modules[registry.find("adapter", name).__module__]) for name in registry.names("adapter")}
+
+
+def triggers() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in registry.names("adapter"):
+        found |= {n: f"{name}: {_first_line(t)}" for n, t in registry.find("adapter", name)().triggers().items()}
+    return found
+
+
+def recipes() -> dict[str, Path]:
+    """The presets that come with hf-purify, by their path in the recipes' folder."""
+    root = Path(str(files("hf_purify_recipes")))
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def card(name: str) -> str:
+    """The card of a method with its settings, or what there is to say about an adapter or trigger, as Markdown.
+
+    Raises:
+        UnknownName: there is no such thing.
+    """
+    if name in registry.names("method"):
+        method = registry.find("method", name)
+        return f"{method.card()}\n\n## Settings\n\n{_settings(method.config_class)}"
+    for adapter in registry.names("adapter"):
+        found = registry.find("adapter", adapter)
+        known = found().triggers()
+        if name == adapter:
+            return f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(known)}."
+        if name in known:
+            return f"# {name}\n\n{known[name].__doc__ or ''}\n\n## Settings\n\n{_settings(known[name])}"
+    raise unknown("name", name, [n for listed in kinds().values() for n in listed()])
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def _settings(config: Any) -> str:
+    """The fields of a dataclass with their defaults, as a list."""
+    defaults = {f.name: "required" if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(config)}
+    return "\n".join(f"- `{name}` = `{default}`" for name, default in defaults.items()) or "none"
