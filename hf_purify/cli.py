@@ -5,11 +5,12 @@ Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a traini
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ import typer
 import yaml
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
 
 if TYPE_CHECKING:
     from hf_purify.report import Report
@@ -38,25 +40,48 @@ Trigger = Annotated[
 ]
 Rule = Annotated[str, typer.Option("--rule", help="Target rule: all-to-one, all-to-all or clean-label.")]
 Target = Annotated[int, typer.Option("--target", help="Target class of the attack.")]
-Output = Annotated[
-    str | None, typer.Option("--output", "-o", help="Folder for the result; written under another name and renamed when complete.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")]
-Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")]
-TestSplit = Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")]
-ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Image column, where several could be meant.")]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Label column, where several could be meant.")]
-ToRgb = Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")]
+
+# Options that are repeated on the command line have the singular as their name; the setting of the recipe has the plural.
+PLURALS = {"trigger": "triggers", "option": "options", "model_option": "model_options"}
+
+
+def _shared(
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for the result; written under another name and renamed when complete.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")] = None,
+    test_split: Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")] = None,
+    image_column: Annotated[str | None, typer.Option("--image-column", help="Image column, where several could be meant.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Label column, where several could be meant.")] = None,
+    to_rgb: Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")] = False,
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")] = "no",
+    compile: Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The options that jobs share; never called, only its signature is read."""
+
+
+def _with_shared(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command's `**shared` stand for the options of `_shared`, but for those named: typer sees one signature with all of them."""
+
+    def extend(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        shared = inspect.signature(_shared, eval_str=True).parameters
+        before = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = own.replace(parameters=before + [p for n, p in shared.items() if n not in without])  # type: ignore[attr-defined]
+        return command
+
+    return extend
 
 
 @contextmanager
@@ -72,10 +97,10 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _options(items: list[str] | None) -> dict[str, Any]:
+def _options(items: list[str]) -> dict[str, Any]:
     """Read `name=value` items; values are YAML scalars."""
     found = {}
-    for item in items or []:
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"expected name=value, got '{item}'")
@@ -83,34 +108,26 @@ def _options(items: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _given(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given on the command line; with a recipe file the others come from it."""
-    names = {"triggers": "trigger", "options": "option", "model_options": "model_option"}
-    return {
-        k: v
-        for k, v in settings.items()
-        if v is not None and (context.get_parameter_source(names.get(k, k)) or _default()).name != "DEFAULT"
-    }
+def _given(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given on the command line; all others come from the recipe file, or are the recipe's defaults."""
+    given = {}
+    for name, value in arguments.items():
+        source = context.get_parameter_source(name)
+        if value is not None and source is not None and source.name != "DEFAULT":
+            given[PLURALS.get(name, name)] = _options(value) if name in ("option", "model_option") else value
+    return given
 
 
-def _default() -> Any:
-    from click.core import ParameterSource
+def _run(job: str, kind: type[Recipe], /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
+    """Build the recipe from a command's arguments, run the job, show the report."""
+    file, as_json = shared.pop("recipe"), shared.pop("as_json")
+    with _errors():
+        given = _given(context, own | shared)
+        _quiet(as_json)
+        import hf_purify.purifier as purifier
 
-    return ParameterSource.DEFAULT
-
-
-def _run(kind: str, job: str, context: typer.Context, recipe: Path | None, settings: dict[str, Any], as_json: bool) -> Report:
-    """Build the recipe, run the job, show the report."""
-    _quiet(as_json)
-    import hf_purify.purifier as purifier
-    import hf_purify.recipe as recipes
-
-    cls = getattr(recipes, kind)
-    given = _given(context, settings)
-    built = cls.read(recipe, **given) if recipe else cls.make(**{k: v for k, v in settings.items() if v is not None})
-    report = getattr(purifier, job)(built)
-    _show(report, built.output, as_json)
-    return report
+        recipe = kind.read(file, **given) if file else kind.make(**given)
+        _show(getattr(purifier, job)(recipe), recipe.output, as_json)
 
 
 def _quiet(as_json: bool) -> None:
@@ -142,6 +159,7 @@ def _show(report: Report, output: str | None, as_json: bool) -> None:
 
 
 @app.command()
+@_with_shared()
 def purify(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,
@@ -158,34 +176,17 @@ def purify(
         bool, typer.Option("--controls/--no-controls", help="Show the repair beside fine-tuning, statistics refresh and a random mask.")
     ] = True,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also show what choosing with the true trigger would have given.")] = False,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    recipe: RecipeFile = None,
-    revision: Revision = None,
-    split: Split = None,
-    test_split: TestSplit = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    to_rgb: ToRgb = False,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: Precision = "no",
-    compile: Compile = False,
-    channels_last: ChannelsLast = False,
-    as_json: AsJson = False,
+    **shared: Any,
 ) -> None:
     """Repair a checkpoint with a few clean samples.
 
     `hf-purify purify MODEL --clean DATA --method nft -o purified`
     """
-    settings = dict(locals())
-    with _errors():
-        kept = _settings(settings)
-        kept["options"] = _options(option) or None
-        _run("PurifyRecipe", "run_purify", context, recipe, kept, as_json)
+    _run("run_purify", PurifyRecipe, **locals())
 
 
 @app.command()
+@_with_shared()
 def implant(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint to fine-tune; with --create the name of a timm architecture.")] = None,
@@ -206,32 +207,14 @@ def implant(
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")] = "sgd",
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.01,
     augmentation: Annotated[str, typer.Option("--augmentation", help="crop+flip, crop or none.")] = "crop+flip",
-    output: Output = None,
-    overwrite: Overwrite = False,
-    recipe: RecipeFile = None,
-    revision: Revision = None,
-    split: Split = None,
-    test_split: TestSplit = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    to_rgb: ToRgb = False,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: Precision = "no",
-    compile: Compile = False,
-    channels_last: ChannelsLast = False,
-    as_json: AsJson = False,
+    **shared: Any,
 ) -> None:
     """Train a backdoor into a model, to test repairs on. Refuses to call a victim what has an ASR under 90 %."""
-    settings = dict(locals())
-    with _errors():
-        kept = _settings(settings)
-        kept.pop("model_option", None)
-        kept["model_options"] = _options(model_option) or None
-        _run("ImplantRecipe", "run_implant", context, recipe, kept, as_json)
+    _run("run_implant", ImplantRecipe, **locals())
 
 
 @app.command()
+@_with_shared("split", "compile", "channels_last")
 def measure(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,
@@ -239,30 +222,10 @@ def measure(
     trigger: Trigger = None,
     rule: Rule = "all-to-one",
     target: Target = 0,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    recipe: RecipeFile = None,
-    revision: Revision = None,
-    test_split: TestSplit = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    to_rgb: ToRgb = False,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: Precision = "no",
-    as_json: AsJson = False,
+    **shared: Any,
 ) -> None:
     """Measure clean accuracy, and ASR and robust accuracy for given triggers."""
-    settings = dict(locals())
-    with _errors():
-        _run("MeasureRecipe", "run_measure", context, recipe, _settings(settings), as_json)
-
-
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a command as settings of a recipe."""
-    kept = {k: v for k, v in values.items() if k not in ("context", "recipe", "as_json", "option", "model_option")}
-    kept["triggers"] = kept.pop("trigger")
-    return kept
+    _run("run_measure", MeasureRecipe, **locals())
 
 
 @app.command("list")

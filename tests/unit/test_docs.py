@@ -24,7 +24,7 @@ import hf_purify
 import hf_purify.methods
 from hf_purify.cli import app
 from hf_purify.method import Context
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec
 from hf_purify.registry import find, find_trigger, make_method, names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +84,16 @@ class TestCommandLines:
         known = {name for name, command in typer.main.get_command(app).commands.items() if not command.hidden}  # type: ignore[attr-defined]
         shown = {words[0] for words in commands(README)}
         assert known <= shown, f"README shows no example of: {', '.join(sorted(known - shown))}"
+
+    @pytest.mark.parametrize(("name", "recipe"), [("purify", PurifyRecipe), ("implant", ImplantRecipe), ("measure", MeasureRecipe)])
+    def test_defaults_shown_are_those_of_the_recipe(self, name: str, recipe: type[Recipe]) -> None:
+        """An option that is not given takes the recipe's default, so that is what `--help` must say."""
+        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+        options = {p.name: p.default for p in command.params if p.name not in ("recipe", "as_json", "help")}
+        plurals = {"trigger": "triggers", "option": "options", "model_option": "model_options"}
+        defaults = {f.name: f.default for f in dataclasses.fields(recipe)}
+        assert {plurals.get(o, o) for o in options} <= set(defaults)
+        assert {o: d for o, d in options.items() if o not in plurals} == {o: defaults[o] for o in options if o not in plurals}
 
     @recipe_file
     def test_recipe_says_how_to_run(self, path: Path) -> None:
