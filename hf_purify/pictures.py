@@ -188,6 +188,26 @@ def salience_figure(layers: Sequence[NeuronLayer], dark: bool = False) -> bytes:
     return _png(figure)
 
 
+def change_figure(layers: Sequence[NeuronLayer], dark: bool = False) -> bytes:
+    """How far training moved the weights of each layer, as a bar and a figure."""
+    theme = DARK if dark else LIGHT
+    figure = _figure(WIDTH, _height(layers), theme)
+    ax = figure.add_subplot()
+    _style(ax, theme)
+    values = [100 * layer.change if layer.change is not None and math.isfinite(layer.change) else math.nan for layer in layers]
+    ax.barh(range(len(layers)), values, height=0.58, color=theme.good)
+    for y, value in enumerate(values):
+        digits = ".2g" if value < 1 else ".1f" if value < 10 else ".0f"
+        shown = f"{value:{digits}} %" if math.isfinite(value) else "from zero"
+        ax.text(1.01, y, shown, va="center", color=theme.ink, fontsize=8.5, transform=ax.get_yaxis_transform())
+    ax.set_xlim(left=0)
+    ax.set_xlabel("change of the layer's weights, as a share of their norm")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
+    ax.grid(axis="x", color=theme.line, linewidth=0.7)
+    _layer_axis(ax, layers, theme)
+    return _png(figure)
+
+
 def short(text: Any, most: int, tail: int = 0) -> str:
     """One printable line of at most `most` characters, of which the last `tail` are kept."""
     line = "".join(c if c.isprintable() else " " for c in str(text))

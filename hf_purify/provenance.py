@@ -14,6 +14,7 @@ from hf_purify.bench import samples_of
 from hf_purify.comparison import Comparison, Repair
 from hf_purify.method import Method
 from hf_purify.report import NeuronLayer, Report, Row
+from hf_purify.salience import relative_change
 from hf_purify.session import Session
 
 
@@ -28,6 +29,8 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
     """Everything about a repair."""
     session, index, verdict = comparison.session, comparison.context.index, done.verdict
     masks, scores = index.split(verdict.mask), index.split(verdict.scores)
+    trained = verdict.folded or bool((verdict.mask == 1).all())  # else the mask says what happened to the weights
+    changes = relative_change(index, comparison.base, done.state).tolist() if trained else [None] * len(index.groups)
     chosen = verdict.notes.get("threshold")
     report = make_report(
         session,
@@ -35,7 +38,7 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
         rows,
         clean=describe_clean(comparison),
         method={"name": done.method.name, "config": method_config(done.method)},
-        layers=[NeuronLayer.of(g, masks[g.name], scores[g.name]) for g in index],
+        layers=[NeuronLayer.of(g, masks[g.name], scores[g.name], c) for g, c in zip(index, changes, strict=True)],
         curve=[dict(p) for p in verdict.curve],
         curve_chosen=chosen if isinstance(chosen, float) else None,
         samples=samples_of(session, comparison.bench, comparison.before, done.figures),

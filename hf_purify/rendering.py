@@ -181,17 +181,20 @@ def _accuracy_change(before: Proportion | None, after: Proportion | None) -> str
 
 
 def _pictures(report: Report) -> dict[str, list[str]]:
-    """What there is to show: name -> base64 PNG, light and dark."""
+    """What there is to show: name -> base64 PNG, light and dark. A mask of ones, scores of zero and no change are nothing."""
     from hf_purify import pictures
 
     rows = [row for row in report.ordered if row.clean_accuracy or row.asr]
     samples = [s for s in report.samples if s.clean is not None and s.triggered is not None]
     scored = [layer for layer in report.layers if layer.scores]
+    masked = any(m != 1 for layer in report.layers for m in layer.mask)
+    moved = [layer for layer in report.layers if layer.change is not None]
     draw = {
         "bars": partial(pictures.bars_figure, rows) if rows else None,
         "samples": partial(pictures.samples_figure, samples) if samples else None,
         "curve": partial(pictures.curve_figure, report.curve, report.curve_chosen) if report.curve else None,
-        "mask": partial(pictures.mask_figure, report.layers) if report.layers else None,
-        "scores": partial(pictures.salience_figure, scored) if scored else None,
+        "mask": partial(pictures.mask_figure, report.layers) if masked else None,
+        "change": partial(pictures.change_figure, moved) if any(layer.change for layer in moved) else None,
+        "scores": partial(pictures.salience_figure, scored) if any(q for layer in scored for q in layer.scores) else None,
     }
     return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in (False, True)] for name, figure in draw.items() if figure}

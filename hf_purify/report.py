@@ -86,6 +86,7 @@ class NeuronLayer:
         mean_mask: mean of the mask, 0..1.
         mask: the mask, or means over at most 256 runs of neighbouring neurons.
         scores: quantiles 0, .05, .25, .5, .75, .95 and 1 of the scores; empty where none is finite.
+        change: `||after - before|| / ||before||` of the weights that the neurons own; None where training moved none.
     """
 
     name: str
@@ -96,9 +97,10 @@ class NeuronLayer:
     mean_mask: float
     mask: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    change: float | None = None
 
     @classmethod
-    def of(cls, group: NeuronGroup, mask: Any, scores: Any) -> NeuronLayer:
+    def of(cls, group: NeuronGroup, mask: Any, scores: Any, change: float | None = None) -> NeuronLayer:
         """Summarise a group with its part of the mask `(size,)` and of the scores `(size,)`, as `NeuronIndex.split` gives them."""
         import numpy as np
 
@@ -114,6 +116,7 @@ class NeuronLayer:
             mean_mask=round(float(kept.mean()), 4) if len(kept) else 1.0,
             mask=[round(float(m), 4) for m in binned],
             scores=[float(f"{q:.6g}") for q in np.quantile(score, QUANTILES)] if len(score) else [],
+            change=None if change is None else float(f"{change:.6g}"),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -38,6 +39,21 @@ def weight_change(index: NeuronIndex, before: Mapping[str, Tensor], after: Mappi
     """
     names = {p.param for g in index for p in g.params}
     return per_neuron(index, {n: (after[n] - before[n]).abs() for n in names if n in before and n in after})
+
+
+def relative_change(index: NeuronIndex, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
+    """How far a repair moved each layer: `||w_after - w_before|| / ||w_before||` over all that its neurons own.
+
+    Returns:
+        `(groups,)`; infinite where there was nothing but zeros before.
+    """
+    found = []
+    for group in index:
+        pairs = [(owned(before[p.param], p, group.size), owned(after[p.param], p, group.size)) for p in group.params if p.param in before]
+        old = math.hypot(*(float(w.float().norm()) for w, _ in pairs))
+        moved = math.hypot(*(float((v.float() - w.float()).norm()) for w, v in pairs))
+        found.append(moved / old if old else math.inf if moved else 0.0)
+    return torch.tensor(found)
 
 
 def benign_salience(

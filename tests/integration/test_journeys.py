@@ -144,6 +144,7 @@ def test_timm_checkpoint_is_repaired_saved_and_rebuilt_from_its_mask(
     assert any(not torch.equal(base[k], v) for k, v in weights.items())
     again = rebuilt(victim, out, stored)
     assert all(torch.equal(again[k], v) for k, v in weights.items()), "base and mask are the whole repair"
+    assert {layer.change for layer in report.layers} == {None}
 
 
 def test_repair_that_trains_weights_says_that_its_mask_is_not_enough(victim: Path, data: Splits, stored: Path, tmp_path: Path) -> None:
@@ -161,6 +162,12 @@ def test_measuring_a_repaired_checkpoint_gives_the_report_figures(victim: Path, 
     assert found.clean_accuracy == report.rows[1].clean_accuracy
     assert found.asr == report.rows[1].asr
     assert found.robust_accuracy == report.rows[1].robust_accuracy
+    base, after = (load_file(folder / "model.safetensors") for folder in (victim, out))
+    head = {layer.name: layer.change for layer in report.layers}["fc"]
+    old, new = (torch.cat([weights["fc.weight"].flatten(), weights["fc.bias"]]) for weights in (base, after))
+    assert head == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-4)
+    page = (out / "report.html").read_text("utf-8")
+    assert [name for name in ("mask", "change", "scores") if f'<figure id="{name}">' in page] == ["change"]
 
 
 def test_controls_and_oracle_are_shown_beside_the_repair(victim: Path, data: Splits) -> None:

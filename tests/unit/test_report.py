@@ -299,9 +299,42 @@ def test_html_of_several_triggers_and_of_nothing(report: Report) -> None:
     assert Page(Report(title="t", task="x").to_html()).tags
 
 
+def plain_layers(change: float | None, mask: float = 1.0, score: float = 0.0) -> list[NeuronLayer]:
+    group = NeuronGroup("layer1.bn1", 8, (ParamSlice("layer1.bn1.weight", 0),), "norm")
+    return [NeuronLayer.of(group, torch.tensor([mask] + [1.0] * 7), torch.tensor([score] + [0.0] * 7), change)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "shown", "sentence"),
+    [
+        (plain_layers(0.25), ["change"], "None of 8 neurons is removed, and the method gives them no scores."),
+        (plain_layers(0.25, score=2.0), ["change", "scores"], "None of 8 neurons is removed."),
+        (plain_layers(0.25, 0.0, 2.0), ["mask", "change", "scores"], None),
+        (plain_layers(None, 0.0, 2.0), ["mask", "scores"], None),
+        (plain_layers(0.0), [], "None of 8 neurons is removed, and the method gives them no scores, and none of their weights changed."),
+        (plain_layers(None), [], "None of 8 neurons is removed, and the method gives them no scores."),
+    ],
+    ids=["trained", "trained and scored", "sequence", "masked", "untouched", "of an older version"],
+)
+def test_page_shows_no_empty_pictures(report: Report, layers: list[NeuronLayer], shown: list[str], sentence: str | None) -> None:
+    """A method that trains weights and judges no neuron has neither mask nor scores to show: the weights' own change is shown."""
+    report.layers = layers
+    for one in (report, Report.from_dict(json.loads(report.to_json()))):
+        text = one.to_html()
+        figures = [attrs["id"] for tag, attrs in Page(text).tags if tag == "figure"]
+        assert [name for name in figures if name in ("mask", "change", "scores")] == shown
+        said = re.search(r"<p>(None of .*?)</p>", text, re.DOTALL)
+        assert (said and " ".join(said[1].split())) == sentence
+
+
+def test_change_of_layers_is_drawn_from_small_to_from_zero() -> None:
+    layers = [dataclasses.replace(make_layer(i), change=c) for i, c in enumerate((0.0, 1e-4, 0.05, 0.3, 4.0, math.inf))]
+    check_png(pictures.change_figure(layers))
+
+
 def test_large_report_stays_small(report: Report) -> None:
     report.rows = [make_row("none", "unrepaired", hits=900), *(make_row(f"method_{i}", "method", hits=40 * i) for i in range(19))]
-    report.layers = [make_layer(i, 2048) for i in range(60)]
+    report.layers = [dataclasses.replace(make_layer(i, 2048), change=0.1 * i) for i in range(60)]
     report.samples = [make_sample(size=224) for _ in range(12)]
     assert len(report.to_html().encode()) < 2_000_000
     assert len(report.to_json().encode()) < 1_000_000
@@ -317,6 +350,7 @@ def test_pictures(report: Report, dark: bool, count: int) -> None:
         pictures.curve_figure(report.curve[:count], 0.3, dark),
         pictures.mask_figure(layers, dark),
         pictures.salience_figure(layers, dark),
+        pictures.change_figure([dataclasses.replace(layer, change=0.02 * i) for i, layer in enumerate(layers)], dark),
     ]
     for data in drawn:
         picture = check_png(data).convert("RGB")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_purify.discovery import discover
 from hf_purify.neurons import NeuronIndex, get_tensor
-from hf_purify.salience import benign_salience, lipschitz, mad_outliers, mad_scores, per_neuron, weight_change
+from hf_purify.salience import benign_salience, lipschitz, mad_outliers, mad_scores, per_neuron, relative_change, weight_change
 
 
 def network() -> tuple[nn.Module, NeuronIndex, Tensor]:
@@ -69,6 +69,22 @@ def test_weight_change_is_the_absolute_move() -> None:
     hand = by_hand(index, {n: (after[n] - before[n]).abs() for n in before})
     torch.testing.assert_close(weight_change(index, before, after), hand, atol=1e-5, rtol=1e-5)
     assert not weight_change(index, before, before).any()
+
+
+def test_relative_change_of_a_layer_is_that_of_all_it_owns() -> None:
+    model, index, _ = network()
+    before = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    after = {n: p + torch.randn_like(p) if p.is_floating_point() else p for n, p in before.items()}
+    found = dict(zip((g.name for g in index), relative_change(index, before, after).tolist(), strict=True))
+    mine = ("5.weight", "5.bias")
+    old, new = (torch.cat([values["7.weight"].flatten(), *(values[n].flatten() for n in mine)]) for values in (before, after))
+    assert found["7"] == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-5)
+    doubled = {n: 2 * p for n, p in before.items()}
+    assert relative_change(index, before, doubled).tolist() == pytest.approx([1.0] * len(index.groups))
+    assert not relative_change(index, before, before).any()
+    nothing = {n: torch.zeros_like(p) for n, p in before.items()}
+    assert relative_change(index, nothing, before).isinf().all()
+    assert not relative_change(index, nothing, nothing).any()
 
 
 def test_benign_salience_of_a_linear_model() -> None:
