@@ -139,7 +139,9 @@ def attention(kind: str) -> tuple[nn.Module, NeuronIndex, Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_of_torch_is_masked_alike_at_both_levels_and_baked(kind: str, bias: bool) -> None:
     model, index, x = attention(kind)
-    assert len(index.where(role="attention")) == 8
+    assert [(g.name, g.size) for g in index.where(role="attention")] == [
+        ("attn.out_proj" if kind == "bare" else "attn.self_attn.out_proj", 8)
+    ]
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(len(index), generator=generator)
     mask[::5], mask[1::5] = 0, 1
