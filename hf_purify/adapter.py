@@ -73,6 +73,32 @@ class Tiny:
     classes: int
 
 
+class StandIn(nn.Module, ABC):
+    """Recovered triggers, each leading to a class: what a defender can make of clean samples alone. Its parameters are theirs.
+
+    Args:
+        classes: `(S,)` the class that each one leads to.
+    """
+
+    classes: Tensor
+
+    def __init__(self, classes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("classes", classes)
+
+    @abstractmethod
+    def place(self, batch: Batch, which: Tensor) -> Batch:
+        """Put recovered trigger `which[i]` on example `i`, differentiably; labels stay."""
+
+    @abstractmethod
+    def size(self) -> Tensor:
+        """`(S,)` share of an example that each one covers, in [0, 1]."""
+
+    @abstractmethod
+    def shrink(self, limits: Tensor) -> None:
+        """Bring each one's size down to its limit `(S,)`, in place."""
+
+
 class Adapter(ABC):
     """One modality. Subclasses hold no state about a model; everything they need comes as arguments."""
 
@@ -127,6 +153,14 @@ class Adapter(ABC):
     @abstractmethod
     def triggers(self) -> dict[str, type]:
         """Trigger classes by name."""
+
+    def stand_in(self, data: Examples, classes: Tensor, generator: torch.Generator) -> StandIn:
+        """Recovered triggers for `classes` `(S,)`, before any inversion; a class may be there more than once.
+
+        Args:
+            data: clean samples; they give the shape and the range of an input.
+        """
+        raise ConfigError(f"triggers cannot be recovered for {self.name}: choose a method that does without, such as ft_sam")
 
     @abstractmethod
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:

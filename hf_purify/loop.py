@@ -66,6 +66,7 @@ class TrainConfig:
         batch_size: samples a step over all processes; at most the data, unless drawn with replacement.
         replacement: draw with replacement.
         optimizer: `sgd` or `adamw`.
+        momentum: of `sgd`; the first beta of `adamw`.
         schedule: `constant`, `cosine` (to `lr_end`) or `onecycle` (up from `lr / 25` in a fifth of the steps, then down to `lr_end`).
         clip: bound on the gradient norm, None for none.
         ascend: maximise the loss.
@@ -178,7 +179,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 def _optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Batch
+from hf_purify.adapter import Batch, StandIn
 from hf_purify.loop import BATCH_NORM, Task, TrainConfig, fetch, mode, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
@@ -120,6 +120,27 @@ def tune_mask(
     with masked(task.model, index, mask, level=level):
         train(task, [mask], config, penalty=(lambda: penalty(mask)) if penalty else None, after_step=clip, title=title)
     return mask.detach()
+
+
+def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2, sparsity: float = 20.0) -> None:
+    """Recover triggers: what, put on clean samples of other classes, makes the model see each one's class, and is small.
+
+    All of them share each step, a sample going to one drawn at random, so that a step costs one forward and backward pass
+    whatever their number. The model is left alone.
+
+    Args:
+        sparsity: weight of the mean size, a share of the input.
+    """
+
+    def objective(batch: Batch) -> Tensor:
+        which = torch.randint(len(stand_in.classes), (len(batch["labels"]),), generator=task.generator).to(task.device)
+        wanted = stand_in.classes[which]
+        losses = task.adapter.loss(task.model, {**stand_in.place(batch, which), "labels": wanted})
+        others = (wanted != batch["labels"]).to(losses)
+        return (losses * others).sum() / others.sum().clamp(min=1) + sparsity * stand_in.size().mean()
+
+    config = TrainConfig(steps=steps, batch_size=batch_size, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
+    train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
 
 
 def relearn(
