@@ -34,8 +34,5 @@ class Patches(StandIn):
 
     @torch.no_grad()
     def shrink(self, limits: Tensor) -> None:
-        for _ in range(200):
-            over = self.size() > limits.to(self.mask)
-            if not over.any():
-                return
+        while (over := self.size() > limits.to(self.mask)).any():
             self.mask[over] -= 0.1

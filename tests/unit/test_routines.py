@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,14 +11,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_purify.adapter import Adapter
 from hf_purify.discovery import discover
+from hf_purify.errors import ConfigError
 from hf_purify.loop import Task, TrainConfig, evaluate, train
 from hf_purify.masks import MASK_NAME, bake
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
-from hf_purify.registry import find
-from hf_purify.routines import forgetting_level, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
+from hf_purify.registry import find, make_method
+from hf_purify.routines import forgetting_level, invert, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
 
 CLASSES = 4
+
+
+def prepare(images: list[Tensor]) -> Tensor:
+    return torch.stack(images).float() / 127.5 - 1
 
 
 def trained(seed: int = 0) -> tuple[Task, NeuronIndex]:
@@ -30,7 +37,7 @@ def trained(seed: int = 0) -> tuple[Task, NeuronIndex]:
     for raw, label in zip(raws, labels.tolist(), strict=True):
         row, column = 4 * (label // 2), 4 * (label % 2)
         raw[:, row : row + 4, column : column + 4] += 120
-    data = ImageExamples(raws, labels, lambda images: torch.stack(images).float() / 127.5 - 1)
+    data = ImageExamples(raws, labels, prepare)
     torch.manual_seed(seed)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, CLASSES))
@@ -268,3 +275,85 @@ def test_sharpness_keeps_statistics_of_the_perturbed_pass_out() -> None:
     seen = task.model[0](task.data.batch(torch.arange(len(task.data)))["pixel_values"]).mean((0, 2, 3)).detach()
     relearn(task, TrainConfig(steps=1, batch_size=len(task.data), lr=0.01, augment=False), sharpness=2.0)
     torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen, rtol=1e-4, atol=1e-6)
+
+
+def backdoored(seed: int = 0) -> tuple[Task, Tensor]:
+    """The small network with a shortcut: a white 2 x 2 corner leads to class 3. Also gives its pictures with the corner."""
+    from hf_purify_adapters.vision import ImageExamples
+
+    task, _ = trained(seed)
+    clean = [task.data.raw(i) for i in range(len(task.data))]
+    stamped = [raw.clone() for raw in clean]
+    for raw in stamped:
+        raw[:, :2, -2:] = torch.tensor([255, 0, 255], dtype=torch.uint8)[:, None, None]
+    poisoned = ImageExamples([*clean, *stamped], torch.cat([task.data.labels, torch.full((len(clean),), 3)]), prepare)
+    train(dataclasses.replace(task, data=poisoned), task.model.parameters(), TrainConfig(epochs=25, batch_size=16, lr=0.05))
+    task.model.eval()
+    return task, prepare(stamped)
+
+
+def test_inversion_recovers_a_planted_trigger_and_leaves_the_model_alone() -> None:
+    task, stamped = backdoored()
+    others = task.data.labels != 3
+    assert float((task.model(stamped[others]).argmax(1) == 3).float().mean()) > 0.95
+    before = state(task.model)
+    stand_in = task.adapter.stand_in(task.data, torch.arange(CLASSES), task.generator)
+    invert(task, stand_in, 200, batch_size=64)
+    assert all(torch.equal(before[k], v) for k, v in task.model.state_dict().items())
+    sizes = stand_in.size().detach()
+    assert int(sizes.argmin()) == 3, sizes
+    assert float(sizes.min()) < 0.7 * float(sizes.median()), sizes
+    batch = task.data.batch(others.nonzero().flatten())
+    found = stand_in.place(batch, torch.full((int(others.sum()),), 3))
+    assert torch.equal(found["labels"], batch["labels"])
+    assert float((task.model(found["pixel_values"]).argmax(1) == 3).float().mean()) > 0.8
+
+
+def test_recovered_triggers_keep_to_the_range_of_inputs_and_to_their_limits() -> None:
+    task, _ = trained()
+    stand_in = task.adapter.stand_in(task.data, torch.tensor([0, 0, 2]), task.generator)
+    with torch.no_grad():
+        for p in stand_in.parameters():
+            p.copy_(torch.randn(p.shape, generator=task.generator) * 20)
+    batch = task.data.batch(torch.arange(9))
+    images, placed = batch["pixel_values"], stand_in.place(batch, torch.arange(9) % 3)["pixel_values"].detach()
+    every = task.data.batch(torch.arange(len(task.data)))["pixel_values"]
+    assert float(placed.min()) >= float(every.min()) - 1e-5
+    assert float(placed.max()) <= float(every.max()) + 1e-5
+    assert not torch.allclose(placed, images)
+    assert not torch.allclose(placed[0] - images[0], placed[1] - images[1])  # each example gets its own
+    before, limits = stand_in.size().detach(), torch.tensor([0.1, 1.0, 0.3])
+    stand_in.shrink(limits)
+    assert bool((stand_in.size() <= limits).all())
+    assert float(stand_in.size()[0]) > 0.05
+    assert float(stand_in.size()[1]) == float(before[1])
+
+
+def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_it_is() -> None:
+    from hf_purify.method import Context
+
+    def repaired(task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        index = discover(task.model, lambda m: m(task.data.batch(torch.arange(2))["pixel_values"]), CLASSES)
+        fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(Task)}
+        before = state(task.model)
+        verdict = make_method("neural_cleanse", find_steps=50)(Context(**fields, index=index, classes=CLASSES))
+        return before, verdict.notes
+
+    task, stamped = backdoored()
+    others = task.data.labels != 3
+    _, notes = repaired(task)
+    assert notes["suspicious class"] == "3", notes
+    task.model.eval()
+    assert float((task.model(stamped[others]).argmax(1) == 3).float().mean()) < 0.2
+    assert float((evaluate(task, task.data) == task.data.labels).float().mean()) > 0.9
+
+    task, _ = trained()
+    before, notes = repaired(task)
+    assert notes["suspicious class"].startswith("none"), notes
+    assert all(torch.equal(before[k], v) for k, v in task.model.state_dict().items())
+
+
+def test_a_modality_without_inversion_says_so() -> None:
+    task, _ = trained()
+    with pytest.raises(ConfigError, match=r"cannot be recovered for vision.*ft_sam"):
+        Adapter.stand_in(task.adapter, task.data, torch.arange(2), task.generator)
