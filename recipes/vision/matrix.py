@@ -27,8 +27,9 @@ from .results import RESULTS, write
 
 log = logging.getLogger(__name__)
 WRN = "wrn16_1"  # published with its backdoor by others
-SEQUENCES: dict[str, dict[str, Any]] = {  # settings chosen on resnet20 with badnets, used for all others as they are
-    "rnp+ft_sam": {"rnp.max_loss": 0.3, "ft_sam.rho": 2.0, "ft_sam.epochs": 15},
+VARIANTS: dict[str, dict[str, Any]] = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
+    "rnp+ft_sam": {"rnp.max_loss": 0.3, "ft_sam.rho": 2.0, "ft_sam.epochs": 15},  # chosen on resnet20 with badnets
+    "neural_cleanse-always": {"cut": 1.0},  # treats the most suspicious class in any case
 }
 
 
@@ -69,8 +70,8 @@ def run(network: str, trigger: str, methods: list[str], seed: int, samples: int,
     common = {"network": network, "trigger": trigger, "seed": seed, "samples": samples}
     save(cell(place, "none", seed, samples), common | row_of(comparison.unrepaired))
     for name in missing:
-        done = comparison.repair(make_method(name, **SEQUENCES.get(name, {})))
-        save(cell(place, name, seed, samples), common | row_of(done.row))
+        done = comparison.repair(make_method(name.partition("-")[0], **VARIANTS.get(name, {})))
+        save(cell(place, name, seed, samples), common | row_of(done.row) | {"method": name})
 
 
 def row_of(row: Row) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=f"{WRN},resnet20")
     parser.add_argument("--triggers", default=",".join([*victims.TRIGGERS, "none"]))
-    parser.add_argument("--methods", default=",".join([*everything, *SEQUENCES]))
+    parser.add_argument("--methods", default=",".join([*everything, *VARIANTS]))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--folder", type=Path, default=Path("runs"))
