@@ -143,6 +143,13 @@ def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, 
     train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
 
 
+def recover(task: Task, classes: Tensor, steps: int) -> StandIn:
+    """Triggers recovered for `classes` `(S,)` from the model as it is; a class may be there more than once, from different starts."""
+    stand_in = task.adapter.stand_in(task.data, classes, task.generator).to(task.device)
+    invert(task, stand_in, steps)
+    return stand_in
+
+
 def relearn(
     task: Task,
     config: TrainConfig,
