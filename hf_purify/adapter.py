@@ -76,13 +76,17 @@ class Tiny:
 class StandIn(nn.Module, ABC):
     """Recovered triggers, each leading to a class: what a defender can make of clean samples alone. Its parameters are theirs.
 
+    A subclass is one kind of trigger; as built, before any inversion, it changes next to nothing.
+
     Args:
-        classes: `(S,)` the class that each one leads to.
+        data: clean samples, which give the shape and the range of an input.
+        classes: `(S,)` the class that each one leads to; a class may be there more than once.
+        generator: of the first values.
     """
 
     classes: Tensor
 
-    def __init__(self, classes: Tensor) -> None:
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
         super().__init__()
         self.register_buffer("classes", classes)
 
@@ -92,7 +96,7 @@ class StandIn(nn.Module, ABC):
 
     @abstractmethod
     def size(self) -> Tensor:
-        """`(S,)` share of an example that each one covers, in [0, 1]."""
+        """`(S,)` how much of an example each one changes, in [0, 1]; comparable within a kind only."""
 
     @abstractmethod
     def shrink(self, limits: Tensor) -> None:
@@ -154,11 +158,11 @@ class Adapter(ABC):
     def triggers(self) -> dict[str, type]:
         """Trigger classes by name."""
 
-    def stand_in(self, data: Examples, classes: Tensor, generator: torch.Generator) -> StandIn:
-        """Recovered triggers for `classes` `(S,)`, before any inversion; a class may be there more than once.
+    def stand_ins(self) -> dict[str, type[StandIn]]:
+        """Kinds of trigger that can be recovered, by name. The first is assumed of a trigger of which only the class is known.
 
-        Args:
-            data: clean samples; they give the shape and the range of an input.
+        Raises:
+            ConfigError: none for this modality.
         """
         raise ConfigError(f"triggers cannot be recovered for {self.name}: choose a method that does without, such as ft_sam")
 

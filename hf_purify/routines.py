@@ -43,6 +43,8 @@ def unlearn(
     lr: float = 0.01,
     max_steps: int = 400,
     config: TrainConfig | None = None,
+    level: float | None = None,
+    gain: float = 0.1,
 ) -> Unlearned:
     """Ascend the clean loss over all weights until the clean task is forgotten and no further.
 
@@ -55,9 +57,11 @@ def unlearn(
         predict: gives held-out predictions `(n,)`, labels `(n,)` and mean loss.
         lr: first rate; the one that is found is reported.
         max_steps: bound on all steps, those taken back too.
+        level: accuracy at which to stop; None is `forgetting_level`.
+        gain: a step that raises the loss by less lets the rate grow.
     """
     model = task.model
-    level = forgetting_level(classes) + 1e-6
+    level = (forgetting_level(classes) if level is None else level) + 1e-6
     first = lr
     floor = max(1.1 / classes, level / 2) if classes > 2 else 0.3
     params = [p for p in model.parameters() if p.is_floating_point()]
@@ -88,7 +92,7 @@ def unlearn(
             restore(kept)
             lr /= 2
             continue
-        lr = lr * 1.5 if new_loss - loss < 0.1 else lr
+        lr = lr * 1.5 if new_loss - loss < gain else lr
         accuracy, loss, predictions, kept = new_accuracy, new_loss, found, state()
     counts = torch.bincount(predictions, minlength=classes).float() / max(1, len(predictions))
     return Unlearned(used, lr, accuracy, loss, float(counts.max()), int(counts.argmax()))
@@ -122,32 +126,57 @@ def tune_mask(
     return mask.detach()
 
 
-def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2, sparsity: float = 20.0) -> None:
+SPARSITY = 20.0  # weight of a recovered trigger's size beside the loss that it reaches
+
+
+def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2) -> None:
     """Recover triggers: what, put on clean samples of other classes, makes the model see each one's class, and is small.
 
     All of them share each step, a sample going to one drawn at random, so that a step costs one forward and backward pass
     whatever their number. The model is left alone.
-
-    Args:
-        sparsity: weight of the mean size, a share of the input.
     """
 
     def objective(batch: Batch) -> Tensor:
         which = torch.randint(len(stand_in.classes), (len(batch["labels"]),), generator=task.generator).to(task.device)
-        wanted = stand_in.classes[which]
-        losses = task.adapter.loss(task.model, {**stand_in.place(batch, which), "labels": wanted})
-        others = (wanted != batch["labels"]).to(losses)
-        return (losses * others).sum() / others.sum().clamp(min=1) + sparsity * stand_in.size().mean()
+        losses, others = _losses(task, stand_in, batch, which)
+        return losses.sum() / others.sum().clamp(min=1) + SPARSITY * stand_in.size().mean()
 
     config = TrainConfig(steps=steps, batch_size=batch_size, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
     train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
 
 
-def recover(task: Task, classes: Tensor, steps: int) -> StandIn:
-    """Triggers recovered for `classes` `(S,)` from the model as it is; a class may be there more than once, from different starts."""
-    stand_in = task.adapter.stand_in(task.data, classes, task.generator).to(task.device)
+def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
+    """Triggers recovered for `classes` `(S,)` from the model as it is; a class may be there more than once, from different starts.
+
+    Args:
+        kind: one of the adapter's `stand_ins`.
+    """
+    stand_in = task.adapter.stand_ins()[kind](task.data, classes, task.generator).to(task.device)
     invert(task, stand_in, steps)
     return stand_in
+
+
+@torch.no_grad()
+def costs(task: Task, stand_in: StandIn, samples: int = 64, batch_size: int = 256) -> Tensor:
+    """What inversion left of its objective, `(S,)`: the loss on up to `samples` clean samples of other classes, and the size."""
+    count = len(stand_in.classes)
+    which = torch.arange(count).repeat_interleave(samples)
+    chosen = torch.cat([torch.randperm(len(task.data), generator=task.generator)[:samples] for _ in range(count)])
+    which = which if len(chosen) == len(which) else torch.arange(count).repeat_interleave(len(chosen) // count)
+    total, seen = (torch.zeros(count, device=task.device) for _ in range(2))
+    with mode(task.model, "eval"):
+        for indices, some in zip(chosen.split(batch_size), which.to(task.device).split(batch_size), strict=True):
+            losses, others = _losses(task, stand_in, fetch(task, indices), some)
+            total.index_add_(0, some, losses)
+            seen.index_add_(0, some, others)
+    return (total / seen.clamp(min=1) + SPARSITY * stand_in.size()).cpu()
+
+
+def _losses(task: Task, stand_in: StandIn, batch: Batch, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss towards the class of trigger `which[i]` on sample `i`, and 1 for samples of other classes, `(B,)` each; 0 for the rest."""
+    wanted = stand_in.classes[which]
+    others = (wanted != batch["labels"]).float()
+    return task.adapter.loss(task.model, {**stand_in.place(batch, which), "labels": wanted}).float() * others, others
 
 
 def relearn(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Adapter, Batch, Examples, Loaded, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.neurons import NeuronIndex
 
 from .examples import ImageExamples, label_column, open_data, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
-from .stand_in import Patches
+from .stand_in import Patches, Spectrum, Warp
 from .triggers import TRIGGERS
 
 
@@ -142,8 +142,8 @@ class VisionAdapter(Adapter):
     def triggers(self) -> dict[str, type]:
         return dict(TRIGGERS)
 
-    def stand_in(self, data: Examples, classes: Tensor, generator: torch.Generator) -> StandIn:
-        return Patches(data, classes, generator)
+    def stand_ins(self) -> dict[str, type[StandIn]]:
+        return {"spectrum": Spectrum, "patch": Patches, "warp": Warp}
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "resnet", seed)

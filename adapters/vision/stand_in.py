@@ -1,33 +1,55 @@
-"""Recovered image triggers: a mask and a pattern for each, as in Neural Cleanse (Wang et al., IEEE S&P 2019)."""
+"""Recovered image triggers of three kinds; each finds what the others do not.
+
+A patch is small in pixels, a blended picture or a sine wave in frequencies, a warp in neither.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_purify.adapter import Batch, Examples, StandIn
 
 
-class Patches(StandIn):
-    """`(1 - m) x + m p`: for each class a mask `m` in [0, 1] over the pixels and a pattern `p` in the range of the inputs."""
+class _Pictures(StandIn):
+    """Knows shape and range of the inputs: `shape` is `(C, H, W)`, `low` and `high` are `(1, C, 1, 1)`."""
 
     low: Tensor
     high: Tensor
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
+        super().__init__(data, classes, generator)
         images = data.batch(torch.arange(min(len(data), 512)))["pixel_values"].float()
-        super().__init__(classes)
+        self.shape = tuple(images.shape[1:])
         self.register_buffer("low", images.amin((0, 2, 3), keepdim=True))
         self.register_buffer("high", images.amax((0, 2, 3), keepdim=True))
-        _, channels, height, width = images.shape
+
+    def place(self, batch: Batch, which: Tensor) -> Batch:
+        images = batch["pixel_values"]
+        return {**batch, "pixel_values": self.change(images.float(), which.to(self.low.device)).to(images)}
+
+    def change(self, images: Tensor, which: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` with trigger `which[i]` on image `i`."""
+        raise NotImplementedError
+
+
+class Patches(_Pictures):
+    """`(1 - m) x + m p`: a mask `m` in [0, 1] over the pixels and a pattern `p` in the range of the inputs (Wang et al., IEEE S&P 2019).
+
+    Size: mean of the mask.
+    """
+
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
+        super().__init__(data, classes, generator)
+        channels, height, width = self.shape
         self.mask = nn.Parameter(torch.full((len(classes), 1, height, width), -4.0))  # logits: a mask of almost nothing
         self.pattern = nn.Parameter(torch.randn(len(classes), channels, height, width, generator=generator))
 
-    def place(self, batch: Batch, which: Tensor) -> Batch:
-        images, which = batch["pixel_values"], which.to(self.mask.device)
+    def change(self, images: Tensor, which: Tensor) -> Tensor:
         mask = self.mask[which].sigmoid()
         pattern = self.low + (self.high - self.low) * self.pattern[which].sigmoid()
-        return {**batch, "pixel_values": (images * (1 - mask) + mask * pattern).to(images)}
+        return images * (1 - mask) + mask * pattern
 
     def size(self) -> Tensor:
         return self.mask.sigmoid().mean((1, 2, 3))
@@ -36,3 +58,74 @@ class Patches(StandIn):
     def shrink(self, limits: Tensor) -> None:
         while (over := self.size() > limits.to(self.mask)).any():
             self.mask[over] -= 0.1
+
+
+class Spectrum(_Pictures):
+    """`clip(x + d)`: the spectrum of `d` is a gate in [0, 1] for each frequency times a wave for each channel.
+
+    Waves have an amplitude of up to a quarter of the range of the inputs. Frequencies go up to 16 periods across the image; on larger ones
+    the pattern is stretched. Size: mean of the gates.
+    """
+
+    periods = 16
+    amplitude = 0.25
+
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
+        super().__init__(data, classes, generator)
+        channels, *sides = self.shape
+        self.sides = [min(side, 2 * self.periods) for side in sides]
+        shape = (self.sides[0], self.sides[1] // 2 + 1)
+        self.gate = nn.Parameter(torch.full((len(classes), 1, *shape), -4.0))
+        self.cosines = nn.Parameter(torch.randn(len(classes), channels, *shape, generator=generator))
+        self.sines = nn.Parameter(torch.randn(len(classes), channels, *shape, generator=generator))
+
+    def change(self, images: Tensor, which: Tensor) -> Tensor:
+        waves = self.gate[which].sigmoid() * torch.complex(self.cosines[which].tanh(), self.sines[which].tanh())
+        pattern = self.amplitude * torch.fft.irfft2(waves, s=self.sides, norm="forward")
+        if pattern.shape[2:] != images.shape[2:]:
+            pattern = F.interpolate(pattern, images.shape[2:], mode="bilinear", align_corners=False)
+        return (images + (self.high - self.low) * pattern).maximum(self.low).minimum(self.high)
+
+    def size(self) -> Tensor:
+        return self.gate.sigmoid().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def shrink(self, limits: Tensor) -> None:
+        while (over := self.size() > limits.to(self.gate)).any():
+            self.gate[over] -= 0.1
+
+
+class Warp(_Pictures):
+    """Pixels are taken from places that a smooth field moves, by at most an eighth of a side.
+
+    The field is a grid of 4 x 4 shifts, stretched. Size: root mean square of the shifts, as a share of a side.
+    """
+
+    grid = 4
+    reach = 0.125
+    places: Tensor
+
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
+        super().__init__(data, classes, generator)
+        _, height, width = self.shape
+        down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("places", torch.stack([right, down], -1))
+        self.shifts = nn.Parameter(0.2 * torch.randn(len(classes), 2, self.grid, self.grid, generator=generator))
+
+    def field(self) -> Tensor:
+        """Shifts `(S, 2, H, W)` as shares of a side."""
+        # the field is a quarter of its parameters, so that all kinds can be recovered at one rate
+        field = F.interpolate(0.25 * self.shifts, self.shape[1:], mode="bicubic", align_corners=True)
+        return self.reach * field.tanh()
+
+    def change(self, images: Tensor, which: Tensor) -> Tensor:
+        places = self.places + 2 * self.field().permute(0, 2, 3, 1)[which]
+        return F.grid_sample(images, places.clamp(-1, 1), padding_mode="border", align_corners=True)
+
+    def size(self) -> Tensor:
+        return self.field().square().mean((1, 2, 3)).sqrt()
+
+    @torch.no_grad()
+    def shrink(self, limits: Tensor) -> None:
+        while (over := self.size() > limits.to(self.shifts)).any():
+            self.shifts[over] *= 0.97

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from torch.nn import functional as F
 from hf_purify.adapter import Adapter
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError
-from hf_purify.loop import Task, TrainConfig, evaluate, train
+from hf_purify.loop import Task, TrainConfig, evaluate, mode, train
 from hf_purify.masks import MASK_NAME, bake
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
 from hf_purify.registry import find, make_method
-from hf_purify.routines import forgetting_level, invert, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
+from hf_purify.routines import SPARSITY, costs, forgetting_level, recover, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
 
 CLASSES = 4
 
@@ -297,36 +298,98 @@ def test_inversion_recovers_a_planted_trigger_and_leaves_the_model_alone() -> No
     others = task.data.labels != 3
     assert float((task.model(stamped[others]).argmax(1) == 3).float().mean()) > 0.95
     before = state(task.model)
-    stand_in = task.adapter.stand_in(task.data, torch.arange(CLASSES), task.generator)
-    invert(task, stand_in, 200, batch_size=64)
+    stand_in = recover(task, "patch", torch.arange(CLASSES), 200)
     assert all(torch.equal(before[k], v) for k, v in task.model.state_dict().items())
-    sizes = stand_in.size().detach()
+    sizes, cost = stand_in.size().detach(), costs(task, stand_in)
     assert int(sizes.argmin()) == 3, sizes
     assert float(sizes.min()) < 0.7 * float(sizes.median()), sizes
+    assert int(cost.argmin()) == 3, cost
     batch = task.data.batch(others.nonzero().flatten())
     found = stand_in.place(batch, torch.full((int(others.sum()),), 3))
     assert torch.equal(found["labels"], batch["labels"])
     assert float((task.model(found["pixel_values"]).argmax(1) == 3).float().mean()) > 0.8
 
 
-def test_recovered_triggers_keep_to_the_range_of_inputs_and_to_their_limits() -> None:
+def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
     task, _ = trained()
-    stand_in = task.adapter.stand_in(task.data, torch.tensor([0, 0, 2]), task.generator)
+    stand_in = task.adapter.stand_ins()["patch"](task.data, torch.tensor([1, 2, 1]), task.generator)
     with torch.no_grad():
-        for p in stand_in.parameters():
-            p.copy_(torch.randn(p.shape, generator=task.generator) * 20)
+        stand_in.mask[0] = 3.0
+    found = costs(task, stand_in, samples=10**6)
+    task.model.eval()
+    for k, wanted in enumerate((1, 2, 1)):
+        batch = task.data.batch((task.data.labels != wanted).nonzero().flatten())
+        logits = task.model(stand_in.place(batch, torch.full_like(batch["labels"], k))["pixel_values"])
+        expected = F.cross_entropy(logits, torch.full_like(batch["labels"], wanted)) + SPARSITY * stand_in.size()[k]
+        torch.testing.assert_close(found[k], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp"])
+def test_recovered_triggers_keep_to_the_range_of_inputs_and_to_their_limits(kind: str) -> None:
+    task, _ = trained()
+    stand_in = task.adapter.stand_ins()[kind](task.data, torch.tensor([0, 0, 2]), task.generator)
     batch = task.data.batch(torch.arange(9))
-    images, placed = batch["pixel_values"], stand_in.place(batch, torch.arange(9) % 3)["pixel_values"].detach()
-    every = task.data.batch(torch.arange(len(task.data)))["pixel_values"]
-    assert float(placed.min()) >= float(every.min()) - 1e-5
-    assert float(placed.max()) <= float(every.max()) + 1e-5
+    images = batch["pixel_values"]
+    for scale in (0, 20):
+        with torch.no_grad():
+            for p in stand_in.parameters():
+                p += scale * torch.randn(p.shape, generator=task.generator)
+        placed = stand_in.place(batch, torch.arange(9) % 3)["pixel_values"].detach()
+        every = task.data.batch(torch.arange(len(task.data)))["pixel_values"]
+        assert float(placed.min()) >= float(every.min()) - 1e-5
+        assert float(placed.max()) <= float(every.max()) + 1e-5
+        if not scale:
+            assert float((placed - images).abs().mean()) < 0.1 * float(every.max() - every.min())  # small before any inversion
+    assert placed.shape == images.shape
     assert not torch.allclose(placed, images)
     assert not torch.allclose(placed[0] - images[0], placed[1] - images[1])  # each example gets its own
-    before, limits = stand_in.size().detach(), torch.tensor([0.1, 1.0, 0.3])
+    before = stand_in.size().detach()
+    limits = before * torch.tensor([0.2, 2.0, 0.6])
     stand_in.shrink(limits)
-    assert bool((stand_in.size() <= limits).all())
-    assert float(stand_in.size()[0]) > 0.05
-    assert float(stand_in.size()[1]) == float(before[1])
+    after = stand_in.size().detach()
+    assert bool((after <= limits).all())
+    assert float(after[0]) > 0.1 * float(before[0])
+    assert float(after[1]) == float(before[1])
+
+
+def test_a_spectrum_holds_a_sine_wave_and_a_warp_a_shift() -> None:
+    """One open gate is one wave; equal shifts by half a pixel everywhere give the mean of neighbours."""
+    task, _ = trained()
+    kinds = task.adapter.stand_ins()
+    batch = task.data.batch(torch.arange(4))
+    images = batch["pixel_values"]
+    side, which = images.shape[-1], torch.zeros(4, dtype=torch.long)
+    wave = kinds["spectrum"](task.data, torch.tensor([0]), task.generator)
+    with torch.no_grad():
+        wave.gate.fill_(-100)
+        wave.gate[..., 0, 2] = 100
+        wave.cosines.fill_(0)
+        wave.sines.fill_(0)
+        wave.sines[..., 0, 2] = -100  # -i is a sine
+    expected = 2 * wave.amplitude * (2 * math.pi * 2 * torch.arange(side) / side).sin() * (wave.high - wave.low)
+    torch.testing.assert_close(wave.place(batch, which)["pixel_values"], (images + expected).maximum(wave.low).minimum(wave.high))
+    assert float(wave.size().detach()) == pytest.approx(1 / (side * (side // 2 + 1)))
+    warp = kinds["warp"](task.data, torch.tensor([0]), task.generator)
+    half = 0.5 / (side - 1)
+    with torch.no_grad():
+        warp.shifts.fill_(0)
+        warp.shifts[:, 0] = 4 * math.atanh(half / warp.reach)
+    moved = warp.place(batch, which)["pixel_values"]
+    torch.testing.assert_close(moved[..., :-1], (images[..., :-1] + images[..., 1:]) / 2, rtol=1e-3, atol=1e-3)
+    assert float(warp.size().detach()) == pytest.approx(half / math.sqrt(2), rel=1e-3)
+
+
+def test_an_unlearning_stops_at_the_wanted_accuracy() -> None:
+    task, _ = trained()
+
+    def predict() -> tuple[Tensor, Tensor, float]:
+        batch = task.data.batch(torch.arange(len(task.data)))
+        with torch.no_grad(), mode(task.model, "eval"):
+            logits = task.model(batch["pixel_values"])
+        return logits.argmax(1), batch["labels"], float(F.cross_entropy(logits, batch["labels"]))
+
+    ended = unlearn(task, predict, CLASSES, lr=0.003, level=0.7, gain=0.02)
+    assert 0.35 <= ended.accuracy <= 0.7 + 1e-6, ended
 
 
 def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_it_is() -> None:
@@ -356,4 +419,4 @@ def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_
 def test_a_modality_without_inversion_says_so() -> None:
     task, _ = trained()
     with pytest.raises(ConfigError, match=r"cannot be recovered for vision.*ft_sam"):
-        Adapter.stand_in(task.adapter, task.data, torch.arange(2), task.generator)
+        Adapter.stand_ins(task.adapter)
