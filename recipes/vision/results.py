@@ -36,6 +36,7 @@ Written by `python -m hf_purify_recipes.vision.matrix --write` from `results.jso
   differ from the usual ones, since so short a training learned those badly: badnets is the checkerboard (a white square reached 93.5 %), wanet, low_frequency and bpp are stronger
   than the papers': see `victims.py`.
 - `wrn16_1` came with its backdoor from others.
+- Seconds are wall time on one core of a machine that ran other things, too; `neural_cleanse` on `resnet20` with low_frequency and on `vit` with badnets was stopped for minutes meanwhile.
 - **What was chosen with a victim's ASR in view.** FT-SAM was developed on `wrn16_1`, seed 0, against 1,500 of these test images: it was taken from six candidates (two kinds of
   FST, two of universal adversarial tuning, fine-tuning with distillation, FT-SAM); then radius 4 or 8, 30 or 60 epochs, rate .01 or .02, distillation 0, 1 or 3, gradient
   clipping on or off, and the tolerance of the automatic augmentation were settled there. Seeds 1 and 2 draw other clean images for the same victim and the same test images. The
@@ -101,6 +102,8 @@ def summary(cells: list[dict[str, Any]], level: str = "### {}") -> str:
                     f"{_spread(cost) if cost else '-'} | {statistics.mean(c['seconds'] for c in attacked):.0f} |\n",
                 )
             )
+        if not rows:
+            continue
         heading = level.format(f"{network}, {samples} images")
         columns = "method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds"
         lines.append(f"\n{heading}\n\n| {columns} |\n")
