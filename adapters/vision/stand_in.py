@@ -5,6 +5,8 @@ A patch is small in pixels, a blended picture or a sine wave in frequencies, a w
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,9 +31,9 @@ class _Pictures(StandIn):
         images = batch["pixel_values"]
         return {**batch, "pixel_values": self.change(images.float(), which.to(self.low.device)).to(images)}
 
+    @abstractmethod
     def change(self, images: Tensor, which: Tensor) -> Tensor:
         """Images `(B, C, H, W)` with trigger `which[i]` on image `i`."""
-        raise NotImplementedError
 
 
 class Patches(_Pictures):
