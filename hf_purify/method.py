@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,27 @@ from hf_purify.neurons import NeuronIndex
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Settings of a method, saved beside its result. Subclasses add fields with defaults."""
+    """Settings of a method, saved beside its result. Subclasses add fields with defaults.
+
+    Rates (`lr`, `..._lr`), counts (`steps`, `epochs`, `batch_size`, `..._steps`), `momentum` and `weight_decay` are checked here for
+    all of them.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            word = name.rsplit("_", 1)[-1]
+            if value is None:
+                continue
+            if isinstance(value, float) and math.isnan(value):
+                raise ConfigError(f"{name} is not a number")
+            if word == "lr" and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a positive number, got {value}")
+            if (word in ("steps", "epochs") or name == "batch_size") and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if name == "momentum" and not 0 <= value < 1:
+                raise ConfigError(f"momentum must be in [0, 1), got {value}")
+            if name == "weight_decay" and not 0 <= value < math.inf:
+                raise ConfigError(f"weight_decay must be a number that is not negative, got {value}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from torch.nn import functional as F
 from hf_purify.adapter import Batch, Examples, StandIn
 
 
+def _rows(values: Tensor, which: Tensor) -> Tensor:
+    """`values[which]`, whose gradient several threads would add up in any order."""
+    return values.index_select(0, which)
+
+
 class _Pictures(StandIn):
     """Knows shape and range of the inputs: `shape` is `(C, H, W)`, `low` and `high` are `(1, C, 1, 1)`."""
 
@@ -36,7 +41,22 @@ class _Pictures(StandIn):
         """Images `(B, C, H, W)` with trigger `which[i]` on image `i`."""
 
 
-class Patches(_Pictures):
+class _Gated(_Pictures):
+    """Its size is the mean of a gate in [0, 1]: `gate` holds the logits, `(S, 1, *shape)`."""
+
+    def start(self, *shape: int) -> None:
+        self.gate = nn.Parameter(torch.full((len(self.classes), 1, *shape), -4.0))  # logits: a gate that is almost shut
+
+    def size(self) -> Tensor:
+        return self.gate.sigmoid().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def shrink(self, limits: Tensor) -> None:
+        while (over := self.size() > limits.to(self.gate)).any():
+            self.gate[over] -= 0.1
+
+
+class Patches(_Gated):
     """`(1 - m) x + m p`: a mask `m` in [0, 1] over the pixels and a pattern `p` in the range of the inputs (Wang et al., IEEE S&P 2019).
 
     Size: mean of the mask.
@@ -45,24 +65,16 @@ class Patches(_Pictures):
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
         super().__init__(data, classes, generator)
         channels, height, width = self.shape
-        self.mask = nn.Parameter(torch.full((len(classes), 1, height, width), -4.0))  # logits: a mask of almost nothing
+        self.start(height, width)
         self.pattern = nn.Parameter(torch.randn(len(classes), channels, height, width, generator=generator))
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        mask = self.mask[which].sigmoid()
-        pattern = self.low + (self.high - self.low) * self.pattern[which].sigmoid()
+        mask = _rows(self.gate, which).sigmoid()
+        pattern = self.low + (self.high - self.low) * _rows(self.pattern, which).sigmoid()
         return images * (1 - mask) + mask * pattern
 
-    def size(self) -> Tensor:
-        return self.mask.sigmoid().mean((1, 2, 3))
 
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.mask)).any():
-            self.mask[over] -= 0.1
-
-
-class Spectrum(_Pictures):
+class Spectrum(_Gated):
     """`clip(x + d)`: the spectrum of `d` is a gate in [0, 1] for each frequency times a wave for each channel.
 
     Waves have an amplitude of up to a quarter of the range of the inputs. Frequencies go up to 16 periods across the image; on larger ones
@@ -77,24 +89,16 @@ class Spectrum(_Pictures):
         channels, *sides = self.shape
         self.sides = [min(side, 2 * self.periods) for side in sides]
         shape = (self.sides[0], self.sides[1] // 2 + 1)
-        self.gate = nn.Parameter(torch.full((len(classes), 1, *shape), -4.0))
+        self.start(*shape)
         self.cosines = nn.Parameter(torch.randn(len(classes), channels, *shape, generator=generator))
         self.sines = nn.Parameter(torch.randn(len(classes), channels, *shape, generator=generator))
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        waves = self.gate[which].sigmoid() * torch.complex(self.cosines[which].tanh(), self.sines[which].tanh())
+        waves = _rows(self.gate, which).sigmoid() * torch.complex(_rows(self.cosines, which).tanh(), _rows(self.sines, which).tanh())
         pattern = self.amplitude * torch.fft.irfft2(waves, s=self.sides, norm="forward")
         if pattern.shape[2:] != images.shape[2:]:
             pattern = F.interpolate(pattern, images.shape[2:], mode="bilinear", align_corners=False)
         return (images + (self.high - self.low) * pattern).maximum(self.low).minimum(self.high)
-
-    def size(self) -> Tensor:
-        return self.gate.sigmoid().mean((1, 2, 3))
-
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.gate)).any():
-            self.gate[over] -= 0.1
 
 
 class Warp(_Pictures):
@@ -121,7 +125,7 @@ class Warp(_Pictures):
         return self.reach * field.tanh()
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        places = self.places + 2 * self.field().permute(0, 2, 3, 1)[which]
+        places = self.places + 2 * _rows(self.field().permute(0, 2, 3, 1), which)
         return F.grid_sample(images, places.clamp(-1, 1), padding_mode="border", align_corners=True)
 
     def size(self) -> Tensor:

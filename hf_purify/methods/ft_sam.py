@@ -39,6 +39,7 @@ class FTSAMConfig(MethodConfig):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rho <= 0:
             raise ConfigError(f"rho must be positive, got {self.rho}; plain fine-tuning is the method 'fine_tune'")
         if not 0 <= self.max_loss <= 1:

@@ -54,14 +54,15 @@ class NeuralCleanseConfig(MethodConfig):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be in (0, 1], got {self.share}")
         if not 0 <= self.max_loss <= 1:
             raise ConfigError(f"max_loss must be in [0, 1], got {self.max_loss}")
         if not 0 < self.cut <= 1 or not 0 < self.errors <= 1:
             raise ConfigError(f"cut and errors must be in (0, 1], got {self.cut} and {self.errors}")
-        if min(self.find_steps, self.copies, self.invert_steps, self.follow) < 1:
-            raise ConfigError("find_steps, copies, invert_steps and follow must be at least 1")
+        if min(self.copies, self.follow) < 1:
+            raise ConfigError(f"copies and follow must be at least 1, got {self.copies} and {self.follow}")
 
 
 class NeuralCleanse(Method):

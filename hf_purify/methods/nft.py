@@ -44,8 +44,7 @@ class NFTConfig(MethodConfig):
     level: str = "activation"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        super().__post_init__()
         if not 0 <= self.floor <= 1:
             raise ConfigError(f"floor must be in [0, 1], got {self.floor}")
         if self.norms not in ("train", "eval"):

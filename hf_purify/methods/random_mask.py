@@ -25,6 +25,7 @@ class RandomMaskConfig(MethodConfig):
     granularity: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.share <= 1:
             raise ConfigError(f"share must be in [0, 1], got {self.share}")
 

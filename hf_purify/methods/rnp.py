@@ -36,6 +36,7 @@ class RNPConfig(MethodConfig):
     granularity: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.max_loss <= 1:
             raise ConfigError(f"max_loss must be in [0, 1], got {self.max_loss}")
 

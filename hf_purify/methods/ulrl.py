@@ -41,6 +41,7 @@ class ULRLConfig(MethodConfig):
     unit: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.unit not in ("auto", "rows", "hidden"):
             raise ConfigError(f"unit must be 'auto', 'rows' or 'hidden', got '{self.unit}'")
 

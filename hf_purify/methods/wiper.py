@@ -44,6 +44,7 @@ class WiperConfig(MethodConfig):
     relative: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.select not in ("lowest", "highest"):
             raise ConfigError(f"select must be 'lowest' or 'highest', got '{self.select}'")
         if self.scope not in ("head", "all"):

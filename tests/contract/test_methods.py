@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_purify.errors import ConfigError
 from hf_purify.method import Context, Method, Sequential, Verdict
 from hf_purify.neurons import get_tensor, owned
 from hf_purify.registry import find, names
@@ -232,3 +234,35 @@ def test_settings_are_frozen_and_typos_are_errors(method: str) -> None:
             setattr(made.config, field.name, None)
     with pytest.raises(ConfigError, match=f"{method} has no option 'no_such_setting'"):
         find("method", method)(no_such_setting=1)
+
+
+NUMBERS = [
+    (name, f.name) for name in names("method") for f in dataclasses.fields(find("method", name).config_class) if type(f.default) is float
+]
+COUNTS = [
+    (name, f.name)
+    for name in names("method")
+    for f in dataclasses.fields(find("method", name).config_class)
+    if f.name.endswith(("steps", "epochs", "batch_size")) or f.name in ("lr", "unlearn_lr")
+]
+
+
+@pytest.mark.parametrize(("method", "option"), NUMBERS)
+def test_no_setting_is_nan(method: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        find("method", method)(**{option: math.nan})
+
+
+@pytest.mark.parametrize(("method", "option"), COUNTS)
+@pytest.mark.parametrize("value", [0, -1])
+def test_rates_and_counts_are_positive(method: str, option: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{option} must be .*, got {value}"):
+        find("method", method)(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("errors", 2), ("cut", 0), ("follow", 0), ("copies", 0), ("share", 0), ("max_loss", -1), ("momentum", 1)]
+)
+def test_ranges_of_neural_cleanse(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{option}.*, got .*{value}"):
+        find("method", "neural_cleanse")(**{option: value})

@@ -314,7 +314,7 @@ def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
     task, _ = trained()
     stand_in = task.adapter.stand_ins()["patch"](task.data, torch.tensor([1, 2, 1]), task.generator)
     with torch.no_grad():
-        stand_in.mask[0] = 3.0
+        stand_in.gate[0] = 3.0
     found = costs(task, stand_in, samples=10**6)
     task.model.eval()
     for k, wanted in enumerate((1, 2, 1)):
@@ -322,6 +322,26 @@ def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
         logits = task.model(stand_in.place(batch, torch.full_like(batch["labels"], k))["pixel_values"])
         expected = F.cross_entropy(logits, torch.full_like(batch["labels"], wanted)) + SPARSITY * stand_in.size()[k]
         torch.testing.assert_close(found[k], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp"])
+def test_gradients_of_recovered_triggers_are_the_same_each_time(kind: str) -> None:
+    """As many numbers as several threads would share out, which add up differently in another order."""
+    from hf_purify_adapters.vision import ImageExamples
+
+    task, _ = trained()
+    images = torch.randint(0, 256, (128, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    examples = ImageExamples(list(images), torch.zeros(128, dtype=torch.long), prepare)
+    stand_in = task.adapter.stand_ins()[kind](examples, torch.arange(8), torch.Generator().manual_seed(0))
+    batch, which = examples.batch(torch.arange(128)), torch.randint(8, (128,), generator=torch.Generator().manual_seed(1))
+    toward = torch.randn(128, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad((stand_in.place(batch, which)["pixel_values"] * toward).sum(), list(stand_in.parameters())))
+
+    first = gradients()
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["spectrum", "patch", "warp"])
