@@ -63,7 +63,7 @@ def _shared(
     to_rgb: Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")] = False,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16.")] = "no",
+    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16; as accelerate was launched if not given.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")] = False,
     as_json: AsJson = False,

@@ -34,7 +34,7 @@ class Recipe:
         overwrite: replace an output folder that exists.
         seed: of everything that is drawn.
         device: `cpu`, `cuda`, ...; None lets accelerate choose.
-        precision: `no`, `bf16` or `fp16`.
+        precision: `no`, `bf16` or `fp16`; None is what `accelerate launch` was told, or `no`.
         compile: run `torch.compile` on the model.
         channels_last: lay images out channels-last.
     """
@@ -58,14 +58,14 @@ class Recipe:
     overwrite: bool = False
     seed: int = 0
     device: str | None = None
-    precision: str = "no"
+    precision: str | None = None
     compile: bool = False
     channels_last: bool = False
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise ConfigError("no model given; expected a folder, a Hub id, a timm name or an nn.Module")
-        if self.precision not in ("no", "bf16", "fp16"):
+        if self.precision not in (None, "no", "bf16", "fp16"):
             raise ConfigError(f"precision must be 'no', 'bf16' or 'fp16', got '{self.precision}'")
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
 from hf_purify import hub
@@ -72,10 +73,29 @@ def open_session(recipe: Recipe) -> Session:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """An `Accelerator` for the recipe's device and precision."""
+    """An `Accelerator` for the recipe's device and precision.
+
+    accelerate keeps both once for the whole process. What an earlier job of hf-purify left there is made anew; what the caller or a
+    `Trainer` set up is respected.
+
+    Raises:
+        ConfigError: the device is not there, or the caller's own `Accelerator` has another one or another precision.
+    """
     if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
         raise ConfigError(f"device '{recipe.device}' was asked for, but no CUDA device is available")
-    return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+    if AcceleratorState._shared_state.get("made_by_hf_purify"):
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    theirs = AcceleratorState._shared_state != {}
+    try:
+        accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+    except ValueError as error:
+        raise ConfigError(
+            f"this process has an Accelerator already, which does not go with device={recipe.device!r}, precision={recipe.precision!r}; leave "
+            f"them out or run in a process of its own ({error})"
+        ) from error
+    if not theirs:
+        accelerator.state.made_by_hf_purify = True
+    return accelerator
 
 
 def load(recipe: Recipe, adapter: Adapter) -> Loaded:
