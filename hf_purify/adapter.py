@@ -84,6 +84,7 @@ class StandIn(nn.Module, ABC):
         generator: of the first values.
     """
 
+    late: ClassVar[bool] = False  # looked for only where no other kind leads to one class alone
     classes: Tensor
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
@@ -96,7 +97,7 @@ class StandIn(nn.Module, ABC):
 
     @abstractmethod
     def size(self) -> Tensor:
-        """`(S,)` how much of an example each one changes, in [0, 1]; comparable within a kind only."""
+        """`(S,)` how much of an example each one changes, from 0 up; comparable within a kind only."""
 
     @abstractmethod
     def shrink(self, limits: Tensor) -> None:

@@ -16,7 +16,7 @@ from hf_purify.neurons import NeuronIndex
 
 from .examples import ImageExamples, label_column, open_data, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
-from .stand_in import Patches, Spectrum, Warp
+from .stand_in import Patches, Spectrum, Warp, Waves
 from .triggers import TRIGGERS
 
 
@@ -143,7 +143,7 @@ class VisionAdapter(Adapter):
         return dict(TRIGGERS)
 
     def stand_ins(self) -> dict[str, type[StandIn]]:
-        return {"spectrum": Spectrum, "patch": Patches, "warp": Warp}
+        return {"spectrum": Spectrum, "patch": Patches, "warp": Warp, "wave": Waves}
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "resnet", seed)

@@ -1,4 +1,4 @@
-"""Recovered image triggers of three kinds; each finds what the others do not.
+"""Recovered image triggers of four kinds; each finds what the others do not.
 
 A patch is small in pixels, a blended picture or a sine wave in frequencies, a warp in neither.
 """
@@ -99,6 +99,19 @@ class Spectrum(_Gated):
         if pattern.shape[2:] != images.shape[2:]:
             pattern = F.interpolate(pattern, images.shape[2:], mode="bilinear", align_corners=False)
         return (images + (self.high - self.low) * pattern).maximum(self.low).minimum(self.high)
+
+
+class Waves(Spectrum):
+    """A `Spectrum` of few and weak waves. Large ones are a shortcut in any network, which hides a backdoor that is a single weak one.
+
+    Size: five times the mean, over frequencies, of gate times amplitude (root mean square over channels, as a share of the largest).
+    """
+
+    late = True
+
+    def size(self) -> Tensor:
+        waves = torch.stack([self.cosines, self.sines]).tanh().square().sum(0).mean(1, keepdim=True)
+        return 5 * (self.gate.sigmoid() * (waves + 1e-12).sqrt()).mean((1, 2, 3))
 
 
 class Warp(_Pictures):

@@ -98,12 +98,14 @@ class NeuralCleanse(Method):
 
     def _look(self, ctx: Context) -> tuple[tuple[int, str] | None, dict[str, Any]]:
         """The suspicious class with the kind of its trigger, or None, and what was seen."""
-        kinds = {kind: self._cheapest(ctx, kind) for kind in ctx.adapter.stand_ins()}
-        seen = ", ".join(f"{kind}: class {k} at {share:.2f} of the next" for kind, (k, share) in kinds.items())
-        best = min(kinds, key=lambda kind: kinds[kind][1])
-        suspicious, share = kinds[best]
-        if share < self.config.cut or self.config.cut == 1:
-            return (suspicious, best), {"suspicious class": str(suspicious), "found by": best, "cheapest triggers": seen}
+        kinds: dict[str, tuple[int, float]] = {}
+        for late in (False, True):
+            kinds |= {kind: self._cheapest(ctx, kind) for kind, made in ctx.adapter.stand_ins().items() if made.late is late}
+            seen = ", ".join(f"{kind}: class {k} at {share:.2f} of the next" for kind, (k, share) in kinds.items())
+            best = min(kinds, key=lambda kind: kinds[kind][1])
+            suspicious, share = kinds[best]
+            if share < self.config.cut or self.config.cut == 1:
+                return (suspicious, best), {"suspicious class": str(suspicious), "found by": best, "cheapest triggers": seen}
         fallback, part = self._fallback(ctx)
         notes = {"cheapest triggers": seen, "after unlearning": f"{100 * part:.0f} % of the errors are class {fallback}"}
         if part >= self.config.errors and fallback in (k for k, _ in kinds.values()):

@@ -324,7 +324,7 @@ def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
         torch.testing.assert_close(found[k], expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp"])
+@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp", "wave"])
 def test_gradients_of_recovered_triggers_are_the_same_each_time(kind: str) -> None:
     """As many numbers as several threads would share out, which add up differently in another order."""
     from hf_purify_adapters.vision import ImageExamples
@@ -344,7 +344,7 @@ def test_gradients_of_recovered_triggers_are_the_same_each_time(kind: str) -> No
         assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp"])
+@pytest.mark.parametrize("kind", ["spectrum", "patch", "warp", "wave"])
 def test_recovered_triggers_keep_to_the_range_of_inputs_and_to_their_limits(kind: str) -> None:
     task, _ = trained()
     stand_in = task.adapter.stand_ins()[kind](task.data, torch.tensor([0, 0, 2]), task.generator)
@@ -389,6 +389,11 @@ def test_a_spectrum_holds_a_sine_wave_and_a_warp_a_shift() -> None:
     expected = 2 * wave.amplitude * (2 * math.pi * 2 * torch.arange(side) / side).sin() * (wave.high - wave.low)
     torch.testing.assert_close(wave.place(batch, which)["pixel_values"], (images + expected).maximum(wave.low).minimum(wave.high))
     assert float(wave.size().detach()) == pytest.approx(1 / (side * (side // 2 + 1)))
+    weak = kinds["wave"](task.data, torch.tensor([0]), task.generator)
+    weak.load_state_dict(wave.state_dict())
+    with torch.no_grad():
+        weak.sines[..., 0, 2] = -math.atanh(0.3)
+    assert float(weak.size().detach()) == pytest.approx(5 * 0.3 * float(wave.size().detach()), rel=1e-4)  # weak ones are small, too
     warp = kinds["warp"](task.data, torch.tensor([0]), task.generator)
     half = 0.5 / (side - 1)
     with torch.no_grad():
@@ -434,6 +439,28 @@ def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_
     before, notes = repaired(task)
     assert notes["suspicious class"].startswith("none"), notes
     assert all(torch.equal(before[k], v) for k, v in task.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("shares", "asked", "found"), [((0.6, 0.9), 3, "patch"), ((0.9, 0.6), 4, "wave"), ((0.9, 0.8), 4, None)])
+def test_late_kinds_are_asked_only_where_no_other_stands_out(
+    shares: tuple[float, float], asked: int, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_purify.method import Context
+
+    task, _ = trained()
+    seen: list[str] = []
+
+    def cheapest(self: Any, ctx: Context, kind: str) -> tuple[int, float]:
+        seen.append(kind)
+        return 2, {"patch": shares[0], "wave": shares[1]}.get(kind, 0.95)
+
+    method = make_method("neural_cleanse")
+    monkeypatch.setattr(type(method), "_cheapest", cheapest)
+    monkeypatch.setattr(type(method), "_fallback", lambda self, ctx: (1, 1.0))
+    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(Task)}
+    assert method._look(Context(**fields, classes=CLASSES))[0] == (found and (2, found))  # type: ignore[attr-defined]
+    assert len(seen) == asked
+    assert "wave" not in seen[:3]
 
 
 def test_a_modality_without_inversion_says_so() -> None:
