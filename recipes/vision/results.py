@@ -15,12 +15,15 @@ README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- results -->", "<!-- /results -->"
 _README = """## Results
 
-CIFAR-10, 500 clean images, one setting for all triggers; no method sees a trigger when it runs; every cell with its interval is in
-[recipes/vision/RESULTS.md](recipes/vision/RESULTS.md). DER 100 is a perfect repair that costs nothing, 50 is none. "Points lost" is clean accuracy.
+Mean DER over triggers / points of clean accuracy lost, with 500 clean images of CIFAR-10 or GTSRB (43 classes). DER 100 is a perfect repair that costs nothing, 50 is none.
+In brackets: the number of triggers; behind a figure: that it is of fewer. One setting for all triggers; no method sees a trigger when it runs. Every cell with its n and
+interval, the spread, what a clean network loses, and other sample sizes are in [recipes/vision/RESULTS.md](recipes/vision/RESULTS.md).
+"""
+_README_NOTE = """
 The settings of Neural Cleanse come from other backdoors and from clean networks; an earlier run of this table showed which kinds of trigger
 it had to learn to look for.
 FT-SAM was developed with the ASR of `wrn16_1` in view, and the sequence with that of `resnet20` with badnets, so these rows are
-in-sample. The matrix is not complete yet: more triggers, seeds and networks are to come.
+in-sample. Most cells are of one seed.
 """
 
 _HEAD = """# Image classification: results
@@ -62,7 +65,7 @@ def write() -> None:
         before, start, rest = README.read_text("utf-8").partition(START)
         _, end, after = rest.partition(END)
         if start and end:
-            README.write_text(before + start + "\n" + _README + summary(cells, level="**{}**") + end + after, "utf-8")
+            README.write_text(before + start + "\n" + _README + "\n" + overview(cells) + _README_NOTE + end + after, "utf-8")
 
 
 def _percent(value: float | None) -> str:
@@ -81,10 +84,40 @@ def _groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[st
     return found
 
 
-def summary(cells: list[dict[str, Any]], level: str = "### {}") -> str:
+def _unrepaired(cells: list[dict[str, Any]]) -> dict[tuple, float]:
+    """Clean accuracy by network and trigger."""
+    return {(c["network"], c["trigger"]): c["clean_accuracy"]["value"] for c in cells if c["method"] == "none"}
+
+
+def overview(cells: list[dict[str, Any]], samples: int = 500) -> str:
+    """Methods x networks: mean DER over triggers / points of clean accuracy lost."""
+    base = _unrepaired(cells)
+    attacked = [c for c in cells if c["method"] != "none" and c["trigger"] != CLEAN and c["samples"] == samples]
+    triggers = {network: len({c["trigger"] for c in mine}) for (network,), mine in _groups(attacked, "network").items()}
+    rows = []
+    for (method, kind), runs in _groups(attacked, "method", "kind").items():
+        mine = _groups(runs, "network")
+        texts = []
+        for network, all_triggers in triggers.items():
+            found = mine.get((network,), [])
+            if not found:
+                texts.append("-")
+                continue
+            lost = statistics.mean(base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in found)
+            count = len({c["trigger"] for c in found})
+            texts.append(
+                f"{_percent(statistics.mean(c['der'] for c in found))} / {_percent(lost)}{f' ({count})' if count < all_triggers else ''}"
+            )
+        name = f"{method}{' (control)' if kind == 'control' else ''}"
+        rows.append((kind == "control", -len(mine), -statistics.mean(c["der"] for c in runs), f"| {name} | {' | '.join(texts)} |\n"))
+    head = " | ".join(f"{network} ({count})" for network, count in triggers.items())
+    return f"| method | {head} |\n|---|{'---:|' * len(triggers)}\n" + "".join(row[-1] for row in sorted(rows))
+
+
+def summary(cells: list[dict[str, Any]]) -> str:
     """One line per network and method: means over triggers, and the cost on the clean network."""
-    lines = ["\n## Summary\n"] if level.startswith("#") else []
-    base = {k: v[0] for k, v in _groups([c for c in cells if c["method"] == "none"], "network", "trigger").items()}
+    lines = ["\n## Summary\n"]
+    base = _unrepaired(cells)
     for (network, samples), mine in _groups(cells, "network", "samples").items():
         rows = []
         for (method,), runs in _groups([c for c in mine if c["method"] != "none"], "method").items():
@@ -92,8 +125,8 @@ def summary(cells: list[dict[str, Any]], level: str = "### {}") -> str:
             clean = [c for c in runs if c["trigger"] == CLEAN]
             if not attacked:
                 continue
-            lost = [base[network, c["trigger"]]["clean_accuracy"]["value"] - c["clean_accuracy"]["value"] for c in attacked]
-            cost = [base[network, CLEAN]["clean_accuracy"]["value"] - c["clean_accuracy"]["value"] for c in clean]
+            lost = [base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in attacked]
+            cost = [base[network, CLEAN] - c["clean_accuracy"]["value"] for c in clean]
             rows.append(
                 (
                     statistics.mean(c["der"] for c in attacked),
@@ -104,9 +137,8 @@ def summary(cells: list[dict[str, Any]], level: str = "### {}") -> str:
             )
         if not rows:
             continue
-        heading = level.format(f"{network}, {samples} images")
         columns = "method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds"
-        lines.append(f"\n{heading}\n\n| {columns} |\n")
+        lines.append(f"\n### {network}, {samples} images\n\n| {columns} |\n")
         lines.append("|---|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(text for _, text in sorted(rows, reverse=True)))
     return "".join(lines)
 
