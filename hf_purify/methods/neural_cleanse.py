@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class NeuralCleanseConfig(MethodConfig):
 
     Args:
         find_steps: inversion steps for each ten classes and each copy, to see which class has too small a trigger.
-        cut: a class is suspicious if its triggers cost less than this share of the next class's, in (0, 1]; 1 takes the cheapest always.
+        cut: a class is suspicious if its triggers cost less than this share of the next class's, in (0, 1]; two are if they cost less than
+            the square of it beside the third; 1 takes the cheapest always.
         errors: a class is suspicious, too, if it has the cheapest trigger of some kind and this part of the errors while the clean task is
             unlearned, in (0, 1].
         unlearn_lr: first rate of that unlearning, which then controls itself.
@@ -65,14 +66,26 @@ class NeuralCleanseConfig(MethodConfig):
             raise ConfigError(f"copies and follow must be at least 1, got {self.copies} and {self.follow}")
 
 
+class Seen(NamedTuple):
+    """The two classes with the cheapest triggers of a kind; what the first costs beside the second, and the second beside the third."""
+
+    first: int
+    second: int
+    one: float
+    two: float
+
+    def __str__(self) -> str:
+        return f"class {self.first} at {self.one:.2f} of {self.second}, that at {self.two:.2f} of the next"
+
+
 class NeuralCleanse(Method):
     """Unlearn the triggers that can be recovered from the model itself (Wang et al., IEEE S&P 2019, doi 10.1109/SP.2019.00031).
 
     1. Recover for each class triggers that turn clean samples of other classes into it, of each kind that the modality knows. A
-       backdoor makes those of one class far cheaper than the rest.
+       backdoor makes those of one class far cheaper than the rest; some networks have another class that is as cheap by nature.
     2. If none is, unlearn the clean task a little, on a copy: with a backdoor nearly all samples fall to its class.
        A model in which no class stands out either way is left as it is.
-    3. Recover several triggers for the class that does, and fine-tune with them on some of the samples, under the true labels.
+    3. Recover several triggers for the class that does, or for both, and fine-tune with them on some of the samples, under the true labels.
 
     Chosen on held-out clean samples: the learning rate, halved while it costs too much clean accuracy.
 
@@ -96,29 +109,32 @@ class NeuralCleanse(Method):
             notes |= self._unlearn(ctx, *found)
         return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes=notes)
 
-    def _look(self, ctx: Context) -> tuple[tuple[int, str] | None, dict[str, Any]]:
-        """The suspicious class with the kind of its trigger, or None, and what was seen."""
-        kinds: dict[str, tuple[int, float]] = {}
+    def _look(self, ctx: Context) -> tuple[tuple[list[int], str] | None, dict[str, Any]]:
+        """The suspicious classes with the kind of their triggers, or None, and what was seen."""
+        kinds: dict[str, Seen] = {}
         for late in (False, True):
             kinds |= {kind: self._cheapest(ctx, kind) for kind, made in ctx.adapter.stand_ins().items() if made.late is late}
-            seen = ", ".join(f"{kind}: class {k} at {share:.2f} of the next" for kind, (k, share) in kinds.items())
-            best = min(kinds, key=lambda kind: kinds[kind][1])
-            suspicious, share = kinds[best]
-            if share < self.config.cut or self.config.cut == 1:
-                return (suspicious, best), {"suspicious class": str(suspicious), "found by": best, "cheapest triggers": seen}
+            notes = {"cheapest triggers": "; ".join(f"{kind}: {seen}" for kind, seen in kinds.items())}
+            best = min(kinds, key=lambda kind: kinds[kind].one)
+            if kinds[best].one < self.config.cut or self.config.cut == 1:
+                return ([kinds[best].first], best), {"suspicious class": str(kinds[best].first), "found by": best} | notes
+            best = min(kinds, key=lambda kind: kinds[kind].two)
+            if kinds[best].two < self.config.cut**2:
+                pair = [kinds[best].first, kinds[best].second]
+                return (pair, best), {"suspicious class": " and ".join(map(str, pair)), "found by": best} | notes
         fallback, part = self._fallback(ctx)
-        notes = {"cheapest triggers": seen, "after unlearning": f"{100 * part:.0f} % of the errors are class {fallback}"}
-        if part >= self.config.errors and fallback in (k for k, _ in kinds.values()):
-            return (fallback, next(iter(kinds))), {"suspicious class": str(fallback), "found by": "unlearning"} | notes
+        notes["after unlearning"] = f"{100 * part:.0f} % of the errors are class {fallback}"
+        if part >= self.config.errors and fallback in (seen.first for seen in kinds.values()):
+            return ([fallback], next(iter(kinds))), {"suspicious class": str(fallback), "found by": "unlearning"} | notes
         return None, {"suspicious class": "none: the model was left as it is"} | notes
 
-    def _cheapest(self, ctx: Context, kind: str) -> tuple[int, float]:
-        """The class with the cheapest triggers of a kind, and what they cost beside the next class's."""
+    def _cheapest(self, ctx: Context, kind: str) -> Seen:
         copies, classes = self.config.copies, ctx.classes
         steps = self.config.find_steps * copies * math.ceil(classes / 10)
         stand_in = recover(ctx, kind, torch.arange(classes).repeat(copies), steps)
-        (smallest, second), (k, _) = (v.tolist() for v in costs(ctx, stand_in).view(copies, classes).mean(0).topk(2, largest=False))
-        return k, smallest / second
+        found = costs(ctx, stand_in).view(copies, classes).mean(0).sort()
+        (first, second), cost = found.indices[:2].tolist(), found.values.tolist()
+        return Seen(first, second, cost[0] / cost[1], cost[1] / cost[2] if classes > 3 else 1.0)
 
     def _fallback(self, ctx: Context, runs: int = 2) -> tuple[int, float]:
         """The class that samples fall to while the clean task is unlearned, and its part of the errors."""
@@ -132,10 +148,10 @@ class NeuralCleanse(Method):
             errors += wrong / wrong.sum().clamp(min=1) / runs
         return int(errors.argmax()), float(errors.max())
 
-    def _unlearn(self, ctx: Context, suspicious: int, kind: str) -> dict[str, Any]:
-        """Fine-tune against triggers of a kind recovered for the class, at the largest rate that held-out accuracy bears."""
+    def _unlearn(self, ctx: Context, suspicious: list[int], kind: str) -> dict[str, Any]:
+        """Fine-tune against triggers of a kind recovered for the classes, at the largest rate that held-out accuracy bears."""
         config, least = self.config, ctx.accuracy() - self.config.max_loss
-        recovered = recover(ctx, kind, torch.full((config.copies,), suspicious), config.invert_steps)
+        recovered = recover(ctx, kind, torch.tensor(suspicious).repeat(config.copies), config.invert_steps)
         limits = recovered.size().detach()
         start = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
         teacher = ctx.teacher()

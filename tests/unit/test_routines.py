@@ -441,24 +441,33 @@ def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_
     assert all(torch.equal(before[k], v) for k, v in task.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("shares", "asked", "found"), [((0.6, 0.9), 3, "patch"), ((0.9, 0.6), 4, "wave"), ((0.9, 0.8), 4, None)])
+@pytest.mark.parametrize(
+    ("shares", "asked", "found"),
+    [
+        ((0.6, 0.1, 0.9, 0.9), 3, ([2], "patch")),
+        ((0.9, 0.45, 0.9, 0.9), 3, ([2, 0], "patch")),  # two stand out together
+        ((0.9, 0.6, 0.6, 0.9), 4, ([2], "wave")),
+        ((0.9, 0.6, 0.8, 0.6), 4, None),
+    ],
+)
 def test_late_kinds_are_asked_only_where_no_other_stands_out(
-    shares: tuple[float, float], asked: int, found: str | None, monkeypatch: pytest.MonkeyPatch
+    shares: tuple[float, ...], asked: int, found: tuple[list[int], str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_purify.method import Context
+    from hf_purify.methods.neural_cleanse import Seen
 
     task, _ = trained()
     seen: list[str] = []
 
-    def cheapest(self: Any, ctx: Context, kind: str) -> tuple[int, float]:
+    def cheapest(self: Any, ctx: Context, kind: str) -> Seen:
         seen.append(kind)
-        return 2, {"patch": shares[0], "wave": shares[1]}.get(kind, 0.95)
+        return Seen(2, 0, *{"patch": shares[:2], "wave": shares[2:]}.get(kind, (0.95, 0.95)))
 
     method = make_method("neural_cleanse")
     monkeypatch.setattr(type(method), "_cheapest", cheapest)
     monkeypatch.setattr(type(method), "_fallback", lambda self, ctx: (1, 1.0))
     fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(Task)}
-    assert method._look(Context(**fields, classes=CLASSES))[0] == (found and (2, found))  # type: ignore[attr-defined]
+    assert method._look(Context(**fields, classes=CLASSES))[0] == found  # type: ignore[attr-defined]
     assert len(seen) == asked
     assert "wave" not in seen[:3]
 
