@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from hf_purify import apply_mask, implant, measure, purify
 from hf_purify.cli import app
-from hf_purify.demo import SIDE, TRIGGER, digits
+from hf_purify.demo import NETWORK, SIDE, TRIGGER, digits
 from hf_purify.errors import IndexMismatch, NotAVictim
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find
@@ -337,3 +337,19 @@ def test_model_that_answers_the_target_anyway_is_no_victim(data: Splits, tmp_pat
             output=str(tmp_path / "none"),
         )
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "trigger", "rate", "epochs"), [("all-to-all", TRIGGER, 0.5, 16), ("clean-label", "blended:alpha=0.8", 0.07, 12)], ids=str
+)
+def test_other_target_rules_make_victims(rule: str, trigger: str, rate: float, epochs: int) -> None:
+    """With all-to-all each class turns into the next; with clean-label no label is changed."""
+    train, test = digits()
+    settings: dict[str, Any] = {"batch_size": 64, "lr": 0.05, "augmentation": "none", "device": "cpu"}
+    report = implant(
+        "resnet18", train, trigger, create=True, model_options=NETWORK, test=test, rule=rule, rate=rate, epochs=epochs, **settings
+    )
+    (name,) = report.rows[0].asr
+    assert report.rows[0].asr[name].value >= 0.9
+    assert report.rows[0].asr[name].n == (len(test) if rule == "all-to-all" else sum(label != 0 for label in test["label"]))
+    assert report.rows[0].clean_accuracy.value >= 0.9  # type: ignore[union-attr]
