@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, get_args, get_origin
 
 
 class PurifyError(Exception):
@@ -71,3 +73,28 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UnknownName:
     choices = sorted(choices)
     listed = ", ".join(choices) if choices else "none is installed"
     return UnknownName(f"unknown {kind} '{name}'{did_you_mean(name, choices)} (known: {listed})")
+
+
+def checked_type(what: str, value: Any, hint: Any) -> Any:
+    """A value held against the type that its field is declared with; an int is good where a float is, a bool only where a bool is.
+
+    `1e-4`, which YAML reads as a text, becomes a number where one is expected and a text is not.
+
+    Raises:
+        ConfigError: another type.
+    """
+    allowed = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
+    if Any in allowed:
+        return value
+    origins = tuple(getattr(t, "__origin__", t) for t in allowed)
+    if hasattr(hint, "__origin__") and hint.__origin__ in (list, dict):
+        origins = (hint.__origin__, str) if hint.__origin__ is list else (dict,)
+    if float in origins:
+        origins += (int,)
+        if isinstance(value, str) and str not in origins:
+            with suppress(ValueError):
+                value = float(value)
+    if (isinstance(value, bool) and bool not in origins) or not isinstance(value, origins):
+        expected = " or ".join("a number" if t is float else t.__name__ for t in origins if t is not int or float not in origins)
+        raise ConfigError(f"{what} must be {expected.replace('NoneType', 'None')}, got {type(value).__name__} ({value!r})")
+    return value

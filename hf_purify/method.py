@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, final, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from hf_purify.adapter import Examples
-from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
 from hf_purify.loop import Task, evaluate, mode
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
@@ -27,11 +27,14 @@ class MethodConfig:
     """Settings of a method, saved beside its result. Subclasses add fields with defaults.
 
     Rates (`lr`, `..._lr`), counts (`steps`, `epochs`, `batch_size`, `..._steps`), `momentum` and `weight_decay` are checked here for
-    all of them.
+    all of them, and so are types.
     """
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        hints = get_type_hints(type(self))
+        for name, given in list(vars(self).items()):
+            value = checked_type(name, given, hints[name])
+            object.__setattr__(self, name, value)
             word = name.rsplit("_", 1)[-1]
             if value is None:
                 continue

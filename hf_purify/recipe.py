@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
 import yaml
 
-from hf_purify.errors import ConfigError, did_you_mean
+from hf_purify.errors import ConfigError, checked_type, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Recipe:
         for key, value in settings.items():
             if key not in hints:
                 raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)} (settings: {', '.join(hints)})")
-            _check_type(key, value, hints[key])
+            settings[key] = checked_type(f"setting '{key}'", value, hints[key])
         if isinstance(settings.get("triggers"), str):
             settings["triggers"] = [settings["triggers"]]
         return cls(**settings)
@@ -200,20 +200,6 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"expected option=value in '{spec}', got '{item}'")
         options[key.strip()] = yaml.safe_load(value)
     return name.strip(), options
-
-
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    allowed = (hint,) if get_origin(hint) in (list, dict) else get_args(hint) or (hint,)
-    if Any in allowed:
-        return
-    origins = tuple(getattr(t, "__origin__", t) for t in allowed)
-    if hasattr(hint, "__origin__") and hint.__origin__ in (list, dict):
-        origins = (hint.__origin__, str) if hint.__origin__ is list else (dict,)
-    if float in origins:
-        origins += (int,)
-    if (isinstance(value, bool) and bool not in origins) or not isinstance(value, origins):
-        expected = " or ".join(getattr(t, "__name__", str(t)) for t in origins).replace("NoneType", "None")
-        raise ConfigError(f"setting '{key}' must be {expected}, got {type(value).__name__} ({value!r})")
 
 
 def _plain(value: Any) -> Any:

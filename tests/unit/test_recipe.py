@@ -59,7 +59,7 @@ def test_unknown_keys_are_errors_with_a_suggestion(key: str, suggestion: str, tm
         ("samples", "500", "int or None, got str"),
         ("samples", 1.5, "int or None, got float"),
         ("samples", True, "int or None, got bool"),
-        ("held_out", "a fifth", "float"),
+        ("held_out", "a fifth", "a number"),
         ("controls", "yes", "bool, got str"),
         ("overwrite", 1, "bool, got int"),
         ("method", 3, "str, got int"),

@@ -120,6 +120,10 @@ def test_options_reach_their_method() -> None:
     [
         ("nft", {"stpes": 3}, "nft has no option 'stpes'; did you mean 'steps'"),
         ("nft", {"steps": 0}, "steps must be at least 1, got 0"),
+        ("nft", {"steps": 1.5}, r"steps must be int, got float \(1.5\)"),
+        ("fine_tune", {"epochs": True}, r"epochs must be int, got bool \(True\)"),
+        ("rnp", {"max_loss": "x"}, r"max_loss must be a number, got str \('x'\)"),
+        ("rnp", {"unlearn_lr": "nan"}, "unlearn_lr is not a number"),
         ("rnp+fine_tune", {"epochs": 3}, r"'epochs' of the sequence 'rnp\+fine_tune' must be written method\.option"),
         ("rnp+fine_tune", {"nft.steps": 3}, r"must be written method\.option, for example rnp\.nft\.steps"),
         ("rnp+fine_tune", {"rnp.epoch": 3}, "rnp has no option 'epoch'"),
@@ -129,6 +133,10 @@ def test_options_reach_their_method() -> None:
 def test_impossible_options(spec: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_method(spec, **options)
+
+
+def test_numbers_that_yaml_reads_as_texts() -> None:
+    assert make_method("rnp", unlearn_lr="1e-4").config.unlearn_lr == 1e-4  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("spec", ["rnp+", "+", "rnp+ntf", ""])
