@@ -1,23 +1,21 @@
 """What a repair did, before and after: the `Report`. The command line prints it, a Hub card shows it, and nothing else is shown.
 
-Here are the figures and how they are written and read as JSON; `rendering` makes text, tables and the page of them.
+Here are the figures; `plain` is their way into JSON and back, `rendering` makes text, tables and the page of them.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_purify import rendering
 from hf_purify.errors import ConfigError, ModelError, OutputError, did_you_mean
+from hf_purify.plain import checked, decoded, encoded, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +66,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "row") -> Row:
-        values = _checked(cls, data, where)
+        values = checked(cls, data, where)
         if values.get("clean_accuracy") is not None:
             values["clean_accuracy"] = _proportion(values["clean_accuracy"], f"{where}.clean_accuracy")
         for key in ("asr", "robust_accuracy"):
@@ -145,12 +143,12 @@ class Sample:
         """JSON-able; with `pixels` the pictures come along as base64 PNG."""
         out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("clean", "triggered")}
         pictures = {"clean": self.clean, "triggered": self.triggered} if pixels else {}
-        return out | {name: _encode(picture) for name, picture in pictures.items() if picture is not None}
+        return out | {name: encoded(picture) for name, picture in pictures.items() if picture is not None}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "sample") -> Sample:
-        values = _checked(cls, data, where)
-        pictures = {k: _decode(values[k], f"{where}.{k}") for k in ("clean", "triggered") if values.get(k) is not None}
+        values = checked(cls, data, where)
+        pictures = {k: decoded(values[k], f"{where}.{k}") for k in ("clean", "triggered") if values.get(k) is not None}
         return cls(**values | pictures)
 
 
@@ -199,7 +197,7 @@ class Report:
     def to_dict(self, pixels: bool = False) -> dict[str, Any]:
         """JSON-able copy; NaN and infinity become None. The samples carry their pictures only with `pixels`."""
         samples = [s.to_dict(pixels) for s in self.samples]
-        return {f.name: samples if f.name == "samples" else _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: samples if f.name == "samples" else plain(getattr(self, f.name)) for f in fields(self)}
 
     def to_json(self, pixels: bool = False) -> str:
         return json.dumps(self.to_dict(pixels), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -213,7 +211,7 @@ class Report:
         """
         if isinstance(data, Mapping) and data.get("format") != FORMAT:
             raise ConfigError(f"report: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
-        values = _checked(cls, data, "report")
+        values = checked(cls, data, "report")
         for key, part in (("rows", Row.from_dict), ("samples", Sample.from_dict), ("layers", _layer)):
             values[key] = [part(item, f"{key}[{i}]") for i, item in enumerate(values.get(key, []))]
         return cls(**values)
@@ -308,29 +306,8 @@ class Report:
         return folder
 
 
-def _checked(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """Return a mapping's entries if they are fields of a dataclass and of the right plain types, else raise `ConfigError`."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
-    known = {f.name: f for f in fields(cls)}
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
-    plain: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict}
-    for key, f in known.items():
-        if key not in data:
-            if f.default is MISSING and f.default_factory is MISSING:
-                raise ConfigError(f"{where}: missing key '{key}'")
-            continue
-        kind = str(f.type).partition("[")[0].partition(" ")[0]
-        nullable = kind == "float"  # NaN is written as null
-        if kind in plain and not (isinstance(data[key], plain[kind]) or (nullable and data[key] is None)):
-            raise ConfigError(f"{where}.{key}: expected {f.type}, got {type(data[key]).__name__}")
-    return dict(data)
-
-
 def _layer(data: Any, where: str) -> NeuronLayer:
-    return NeuronLayer(**_checked(NeuronLayer, data, where))
+    return NeuronLayer(**checked(NeuronLayer, data, where))
 
 
 def _proportion(data: Any, where: str) -> Proportion:
@@ -338,45 +315,10 @@ def _proportion(data: Any, where: str) -> Proportion:
 
     derived = ("value", "low", "high")
     counts = {k: v for k, v in data.items() if k not in derived} if isinstance(data, Mapping) else data
-    proportion = Proportion(**_checked(Proportion, counts, where))
+    proportion = Proportion(**checked(Proportion, counts, where))
     if not 0 <= proportion.hits <= proportion.n:
         raise ConfigError(f"{where}: expected 0 <= hits <= n, got hits={proportion.hits}, n={proportion.n}")
     return proportion
-
-
-def _plain(value: Any) -> Any:
-    """Only what JSON knows: tensors and arrays become lists, NaN and infinity None, anything else its text."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
-        return [_plain(v) for v in value]
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def _encode(picture: np.ndarray) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _decode(text: Any, where: str) -> np.ndarray:
-    import numpy as np
-    from PIL import Image
-
-    try:
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]))
-    except (TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"{where}: expected a PNG in base64; {error}") from error
 
 
 def _replace(path: Path, text: str) -> None:

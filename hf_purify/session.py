@@ -83,6 +83,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """
     if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
         raise ConfigError(f"device '{recipe.device}' was asked for, but no CUDA device is available")
+    # accelerate has no public way to start over within a process; its own tests use this one
     if AcceleratorState._shared_state.get("made_by_hf_purify"):
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     theirs = AcceleratorState._shared_state != {}

@@ -41,7 +41,7 @@ LAYERS = [
     {"routines"},
     {"method"},
     {"methods"},
-    {"APART", "catalogue", "hub", "output", "pictures", "recipe", "registry", "rendering", "report"},
+    {"APART", "catalogue", "hub", "output", "pictures", "plain", "recipe", "registry", "rendering", "report"},
     {"session"},
     {"bench", "clean"},
     {"comparison"},

@@ -1,0 +1,77 @@
+"""Plain data: what JSON holds of dataclasses and pictures, and the check of what comes back."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_purify.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def checked(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """Return a mapping's entries if they are fields of a dataclass and of the right plain types, else raise `ConfigError`."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
+    known = {f.name: f for f in fields(cls)}
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "list": list, "dict": dict}
+    for key, f in known.items():
+        if key not in data:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ConfigError(f"{where}: missing key '{key}'")
+            continue
+        kind = str(f.type).partition("[")[0].partition(" ")[0]
+        nullable = kind == "float"  # NaN is written as null
+        if kind in kinds and not (isinstance(data[key], kinds[kind]) or (nullable and data[key] is None)):
+            raise ConfigError(f"{where}.{key}: expected {f.type}, got {type(data[key]).__name__}")
+    return dict(data)
+
+
+def plain(value: Any) -> Any:
+    """Only what JSON knows: tensors and arrays become lists, NaN and infinity None, anything else its text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [plain(v) for v in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def encoded(picture: np.ndarray) -> str:
+    """A picture `(H, W, 3)` uint8 as PNG in base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decoded(text: Any, where: str) -> np.ndarray:
+    """The inverse of `encoded`.
+
+    Raises:
+        ConfigError: anything but a PNG in base64.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]))
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{where}: expected a PNG in base64; {error}") from error
