@@ -49,14 +49,15 @@ def pull(source: str, revision: str | None = None) -> Pulled:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
     try:
-        info = HfApi().model_info(source, revision=revision, token=False)
-        names = [s.rfilename for s in info.siblings or []]
-        _check_names(names, source)
-        folder = Path(snapshot_download(source, revision=info.sha, allow_patterns=ALLOWED, token=False))
+        # resolves the revision once and takes all files from that commit; without a network, from the cache
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=ALLOWED, token=False))
+        if not any(folder.glob("*.safetensors")):
+            listed = HfApi().model_info(source, revision=folder.name, token=False).siblings or []
+            _check_names([s.rfilename for s in listed], source)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(f"cannot read '{source}' from the Hub: {str(error).splitlines()[0]}") from error
     check_folder(folder, source)
-    return Pulled(folder, info.sha)
+    return Pulled(folder, folder.name)
 
 
 def _check_names(names: list[str], source: str) -> None:
