@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_purify.errors import ConfigError
+from hf_purify.metrics import Proportion, attack_success_rate, clean_accuracy, robust_accuracy
 from hf_purify.neurons import NeuronIndex
 
 Batch = dict[str, Tensor]
@@ -21,6 +22,7 @@ class Examples(Protocol):
     """Samples of a modality, decoded once, with a view for everything that is done to them."""
 
     labels: Tensor
+    lengths: Tensor | None  # (n,) of inputs that are padded to the longest of a batch; None where all are alike
 
     def __len__(self) -> int: ...
 
@@ -51,6 +53,7 @@ class Loaded:
         folder: where the checkpoint's files lie, or None.
         keys: parameter name -> checkpoint key, where they differ.
         saver: writes the checkpoint to a folder.
+        task: what the model does, by the Hub's name of it, where that is not the modality's one task.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class Loaded:
     folder: Path | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     saver: Callable[[nn.Module, Path], None] | None = None
+    task: str = ""
 
 
 @dataclass
@@ -110,6 +114,12 @@ class Adapter(ABC):
     name: ClassVar[str]
     task: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]  # kinds of network that `tiny` makes
+    columns: ClassVar[tuple[str, ...]] = ("label",)  # roles that columns of a data set can have
+    prompt_settings: ClassVar[tuple[str, ...]] = ()  # settings of the recipe that say how a model is fed
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Is a checkpoint with this `config.json` one of the modality? Else it takes it only where it is named."""
+        return False
 
     @abstractmethod
     def load(self, source: Any, **options: Any) -> Loaded:
@@ -121,7 +131,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def classes(self, loaded: Loaded) -> int:
-        """Number of classes of a model."""
+        """Number of classes of a model; of one that answers freely 2: what it should say is class 0, what an attacker wants 1."""
+
+    def classifies(self, loaded: Loaded) -> bool:
+        """Has each sample one class of the model's? Else it answers freely, and samples are told apart by nothing."""
+        return True
+
+    def outcomes(self, loaded: Loaded) -> int:
+        """How many answers a row of `logits` chooses among: its chance level is one in so many."""
+        return self.classes(loaded)
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order."""
@@ -129,7 +147,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Forward pass: `(B, classes)`."""
+        """Forward pass: a row for each answer, `(B, classes)` of a classifier."""
+
+    def answers(self, batch: Batch) -> Tensor:
+        """What each row of `logits` should say, `(rows,)`."""
+        return batch["labels"]
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -159,13 +181,17 @@ class Adapter(ABC):
     def triggers(self) -> dict[str, type]:
         """Trigger classes by name."""
 
-    def stand_ins(self) -> dict[str, type[StandIn]]:
-        """Kinds of trigger that can be recovered, by name. The first is assumed of a trigger of which only the class is known.
+    def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
+        """Kinds of trigger that can be recovered from a model, by name. The first is assumed of a trigger of which only the class is known.
 
         Raises:
-            ConfigError: none for this modality.
+            ConfigError: none for this modality, or for such a model.
         """
         raise ConfigError(f"triggers cannot be recovered for {self.name}: choose a method that does without, such as ft_sam")
+
+    def record(self, loaded: Loaded) -> dict[str, Any]:
+        """What a saved checkpoint's `config.json` should hold besides: how the model was fed."""
+        return {}
 
     @abstractmethod
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
@@ -175,14 +201,45 @@ class Adapter(ABC):
         """The Hub repository that a name stands for in this modality's own libraries, or None."""
         return None
 
+    def creates(self, architecture: str) -> bool:
+        """Does `create` know this name?"""
+        return False
+
     def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
         """A model with random weights, to be trained from scratch."""
         raise ConfigError(f"the {self.name} adapter creates no new models; give a checkpoint")
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predicted classes and losses, `(B,)` each; a modality that can gives both from one forward pass."""
+        """The answer of each row of `logits`, `(rows,)`, and losses `(B,)`; a modality that can gives both from one forward pass."""
         return self.predict(model, batch), self.loss(model, batch)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Predicted classes `(B,)`."""
+        """The answer of each row of `logits`, `(rows,)`: predicted classes `(B,)`."""
         return self.logits(model, batch).argmax(-1)
+
+    def observe(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Any]:
+        """What the model does with each of the `B` samples, to be judged: for a classifier its class."""
+        return self.predict(model, batch).tolist()
+
+    def judge(self, observed: list[Any], data: Examples) -> tuple[Proportion | None, dict[str, float]]:
+        """Clean accuracy of what was observed on clean samples, or None where nothing is right or wrong, and other figures of use by name."""
+        return clean_accuracy(torch.tensor(observed, dtype=torch.long), data.labels), {}
+
+    def judge_attack(
+        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor
+    ) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
+        """Attack success rates, the main one under the trigger's `name`, and robust accuracies, of what was observed on triggered samples.
+
+        Args:
+            labels, targets: `(n,)` true classes, and what the attacker wants.
+        """
+        found = torch.tensor(observed, dtype=torch.long)
+        return {name: attack_success_rate(found, labels, targets)}, {name: robust_accuracy(found, labels, targets)}
+
+    def wishes(self, raw: Any, label: int, target: int, loaded: Loaded) -> tuple[str, str]:
+        """What should be said of a triggered sample, and what the attacker wants, in words."""
+        return self.say(label, loaded), self.say(target, loaded)
+
+    def say(self, observed: Any, loaded: Loaded) -> str:
+        """An observation in words: the name of a class."""
+        return loaded.labels[observed] if loaded.labels else str(observed)

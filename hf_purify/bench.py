@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_purify import output
-from hf_purify.adapter import Examples
+from hf_purify.adapter import Adapter, Examples
 from hf_purify.errors import ConfigError, DataError
-from hf_purify.loop import evaluate
-from hf_purify.metrics import Proportion, attack_success_rate, clean_accuracy, defense_effectiveness_rating, mcnemar, robust_accuracy
+from hf_purify.loop import observe
+from hf_purify.metrics import Proportion, defense_effectiveness_rating, mcnemar
 from hf_purify.recipe import Recipe, parse_spec
 from hf_purify.registry import find_trigger
 from hf_purify.report import Row, Sample
@@ -22,18 +23,19 @@ from hf_purify.triggers import Poisoned, make_rule, trigger_all
 
 @dataclass
 class Bench:
-    """The test set and one triggered view per trigger."""
+    """The test set and one triggered view per trigger, with the modality that judges what a model does with them."""
 
+    adapter: Adapter
     clean: Examples | None
     triggered: dict[str, Poisoned] = field(default_factory=dict)
 
 
 @dataclass
 class Figures:
-    """Predictions `(n,)` of one model on the clean test set and on each triggered view."""
+    """What one model did with each sample of the clean test set and of each triggered view, as its adapter observes it."""
 
-    clean: Tensor | None
-    triggered: dict[str, Tensor]
+    clean: list[Any] | None
+    triggered: dict[str, list[Any]]
 
 
 def open_bench(session: Session) -> Bench:
@@ -42,7 +44,7 @@ def open_bench(session: Session) -> Bench:
     if recipe.test is None:
         if recipe.triggers:
             raise ConfigError("triggers can only be measured on test data: give test=... (--test)")
-        return Bench(None)
+        return Bench(session.adapter, None)
     data = read_test(session, recipe)
     rule = make_rule(recipe.rule, recipe.target, session.classes)
     triggered: dict[str, Poisoned] = {}
@@ -50,7 +52,7 @@ def open_bench(session: Session) -> Bench:
         name, settings = parse_spec(spec)
         trigger = find_trigger(session.adapter, name, **settings)
         triggered[name if name not in triggered else spec] = trigger_all(data, trigger, rule, session.classes, recipe.seed)
-    return Bench(data, triggered)
+    return Bench(session.adapter, data, triggered)
 
 
 def with_recorded_trigger(session: Session) -> Recipe:
@@ -74,12 +76,12 @@ def read_test(session: Session, recipe: Recipe) -> Examples:
 
 
 def figures(session: Session, bench: Bench) -> Figures:
-    """Predict everything that a row of the table needs."""
+    """Observe everything that a row of the table needs."""
     if bench.clean is None:
         return Figures(None, {})
     task = session.task(bench.clean)
-    clean = evaluate(task, bench.clean, title="clean accuracy")
-    return Figures(clean, {n: evaluate(task, p.examples, title=f"ASR {n}") for n, p in bench.triggered.items()})
+    clean = observe(task, bench.clean, session.loaded, title="clean accuracy")
+    return Figures(clean, {n: observe(task, p.examples, session.loaded, title=f"ASR {n}") for n, p in bench.triggered.items()})
 
 
 def make_row(
@@ -91,43 +93,70 @@ def make_row(
     seconds: float | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Row:
-    """Turn predictions into one row of the table; DER and McNemar's p-value compare with `before`."""
-
-    def asr(f: Figures, n: str) -> Proportion:
-        return attack_success_rate(f.triggered[n], bench.triggered[n].labels, bench.triggered[n].targets)
-
-    accuracy = clean_accuracy(found.clean, bench.clean.labels) if found.clean is not None and bench.clean is not None else None
+    """Turn observations into one row of the table; DER and McNemar's p-value compare with `before`."""
+    accuracy, utility = _judged(found, bench)
+    asr, ra = _attacks(found, bench)
     der: dict[str, float | None] = {}
     notes = dict(notes or {})
-    if before is not None and before.clean is not None and found.clean is not None and accuracy is not None and bench.clean is not None:
-        base = clean_accuracy(before.clean, bench.clean.labels).value
-        der = {n: defense_effectiveness_rating(asr(before, n).value, asr(found, n).value, base, accuracy.value) for n in bench.triggered}
-        notes["mcnemar_p"] = mcnemar(before.clean, found.clean, bench.clean.labels)
-    ra = {n: robust_accuracy(found.triggered[n], p.labels, p.targets) for n, p in bench.triggered.items()}
-    return Row(name, kind, accuracy, {n: asr(found, n) for n in bench.triggered}, ra, der, seconds, notes)
+    base = _judged(before, bench)[0] if before is not None else None
+    if before is not None and base is not None and accuracy is not None and bench.clean is not None:
+        old = _attacks(before, bench)[0]
+        der = {n: defense_effectiveness_rating(old[n].value, asr[n].value, base.value, accuracy.value) for n in asr}
+        notes["mcnemar_p"] = mcnemar(torch.tensor(before.clean), torch.tensor(found.clean), bench.clean.labels)
+    return Row(name, kind, accuracy, asr, ra, der, seconds, notes, utility)
+
+
+def _judged(found: Figures, bench: Bench) -> tuple[Proportion | None, dict[str, float]]:
+    """Clean accuracy and other figures of use."""
+    if found.clean is None or bench.clean is None:
+        return None, {}
+    return bench.adapter.judge(found.clean, bench.clean)
+
+
+def _attacks(found: Figures, bench: Bench) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
+    """Attack success rates and robust accuracies of all triggers."""
+    asr: dict[str, Proportion] = {}
+    ra: dict[str, Proportion] = {}
+    for name, view in bench.triggered.items():
+        rates, right = bench.adapter.judge_attack(name, found.triggered[name], view.examples, view.labels, view.targets)
+        asr |= rates
+        ra |= right
+    return asr, ra
 
 
 def samples_of(session: Session, bench: Bench, before: Figures, after: Figures, count: int = 6) -> list[Sample]:
     """A few test samples of different classes, clean and triggered, with the predictions before and after."""
     if bench.clean is None or before.clean is None or after.clean is None:
         return []
-    labels = session.loaded.labels or [str(i) for i in range(session.classes)]
+    adapter, loaded = session.adapter, session.loaded
     found = []
     for name, view in bench.triggered.items():
-        for i in [int((view.labels == c).nonzero()[0]) for c in view.labels.unique()[:count]]:
+        firsts = [int((view.labels == c).nonzero()[0]) for c in view.labels.unique()[:count]] if session.classifies else range(count)
+        for i in firsts[: len(view.rows)]:
             j = int(view.rows[i])
-            predictions: dict[str, Any] = {
-                "clean_before": labels[int(before.clean[j])],
-                "clean_after": labels[int(after.clean[j])],
-                "triggered_before": labels[int(before.triggered[name][i])],
-                "triggered_after": labels[int(after.triggered[name][i])],
-            }
-            pixels = {"clean": _pixels(bench.clean.raw(j)), "triggered": _pixels(view.examples.raw(i))}
+            clean, triggered = bench.clean.raw(j), view.examples.raw(i)
+            label, target = adapter.wishes(triggered, int(view.labels[i]), int(view.targets[i]), loaded)
             found.append(
-                Sample(trigger=name, label=labels[int(view.labels[i])], target=labels[int(view.targets[i])], **predictions, **pixels)
+                Sample(
+                    trigger=name,
+                    label=label,
+                    target=target,
+                    clean_before=adapter.say(before.clean[j], loaded),
+                    clean_after=adapter.say(after.clean[j], loaded),
+                    triggered_before=adapter.say(before.triggered[name][i], loaded),
+                    triggered_after=adapter.say(after.triggered[name][i], loaded),
+                    clean_text=_words(clean),
+                    triggered_text=_words(triggered),
+                    clean=_pixels(clean),
+                    triggered=_pixels(triggered),
+                )
             )
     return found
 
 
 def _pixels(raw: Any) -> Any:
     return raw.permute(1, 2, 0).numpy() if isinstance(raw, Tensor) and raw.dim() == 3 else None
+
+
+def _words(raw: Any) -> str:
+    return "" if isinstance(raw, Tensor) else str(raw)

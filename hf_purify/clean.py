@@ -17,7 +17,7 @@ def read_clean(session: Session, recipe: PurifyRecipe) -> Examples:
     data = session.read(recipe.clean, recipe.split, recipe.samples, shuffled=True)
     if len(data) == 0:
         raise DataError("the clean set is empty: give at least one sample per class")
-    if len(data.labels.unique()) < 2:
+    if session.classifies and len(data.labels.unique()) < 2:
         raise DataError(f"the clean set holds a single class ({int(data.labels[0])}); a repair needs samples of all classes")
     return data
 
@@ -45,10 +45,12 @@ def choose_augmentation(session: Session, data: Examples) -> str:
 
     Flipping a digit or a traffic sign changes its class; the model itself says so.
     """
-    task = session.task(data)
+    task, kinds = session.task(data), session.adapter.augmentations()
+    if not kinds:
+        return "none"
     with torch.no_grad():
         plain = float((evaluate(task, data) == data.labels).float().mean())
-        for kind in session.adapter.augmentations():
+        for kind in kinds:
             hits = 0
             session.model.eval()
             for indices in torch.arange(len(data)).split(256):
@@ -66,4 +68,5 @@ def make_context(session: Session, clean: Examples, held_out: float) -> Context:
     index = session.adapter.index(session.loaded, learn.batch(torch.arange(min(2, len(learn)))))
     kind = choose_augmentation(session, clean)
     generator = torch.Generator().manual_seed(session.recipe.seed)
-    return Context(session.model, session.adapter, learn, generator, session.accelerator, kind, index, choose, session.classes)
+    outcomes = session.adapter.outcomes(session.loaded)
+    return Context(session.model, session.adapter, learn, generator, session.accelerator, kind, index, choose, outcomes)

@@ -44,7 +44,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is dr
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 
 # Options that are repeated on the command line have the singular as their name; the setting of the recipe has the plural.
-PLURALS = {"trigger": "triggers", "option": "options", "model_option": "model_options"}
+PLURALS = {"trigger": "triggers", "option": "options", "model_option": "model_options", "column": "columns"}
 
 
 def _shared(
@@ -58,9 +58,14 @@ def _shared(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")] = None,
     test_split: Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Image column, where several could be meant.")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Label column, where several could be meant.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Modality; told by the checkpoint if not given.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="A column, where several could be meant, as role=name: label=target. Repeatable.")
+    ] = None,
     to_rgb: Annotated[bool, typer.Option("--to-rgb", help="Repeat grey images over three channels.")] = False,
+    template: Annotated[str | None, typer.Option("--template", help="What stands around a text, with {text} in it.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens of a text at most.")] = None,
+    cut: Annotated[int | None, typer.Option("--cut", help="Words of a plain text that are the prompt of a causal model.")] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; chosen by accelerate if not given.")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16; as accelerate was launched if not given.")] = None,
@@ -114,7 +119,7 @@ def _given(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         source = context.get_parameter_source(name)
         if value is not None and source is not None and source.name != "DEFAULT":
-            given[PLURALS.get(name, name)] = _options(value) if name in ("option", "model_option") else value
+            given[PLURALS.get(name, name)] = _options(value) if name in ("option", "model_option", "column") else value
     return given
 
 

@@ -7,9 +7,15 @@ that gradient touches tells what the input is:
 - channel by channel, from one layer or from a gate and an up projection: **hidden units**, also where each channel arrives as
   a run of inputs, as from the flattened maps of a convolution;
 - channel by channel from the values, across channels from queries and keys: the value channels of an **attention**;
-- fed by a norm, by several residual writers, or by the model's input: no neurons of its own.
+- fed by a norm, by several residual writers, by an embedding or by the model's input: no neurons of its own.
 
-Affine norms are neurons too (one scale per channel), together with the filter in front of them where there is one.
+An attention neuron is one input channel of the output projection. It owns the row of the values too, where the values are as many
+and lie in the same order. Where they are shared by several heads (grouped queries), or interleaved with queries and keys in one
+projection, it owns its column alone: a row of the values then belongs to more than one neuron, or to none by a plain offset.
+
+Affine norms are neurons too (one scale per channel), together with the filter in front of them where there is one; not so a norm
+whose channels stay when its weight is zero, as where the scale is one plus the weight. Parameters that several modules hold, as
+an embedding and the head tied to it, are no neurons; a module that runs several times is, if every run finds the same ones.
 
 A layer is a module that runs, or a call of `F.linear` on a parameter that some other module holds: `nn.MultiheadAttention` never
 runs its `out_proj`, and keeps queries, keys and values in one parameter. Each neuron of the second kind knows who called.
@@ -18,6 +24,7 @@ runs its `out_proj`, and keeps queries, keys and values in one parameter. Each n
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -50,7 +57,10 @@ class _Call:
     channel: int  # axis of the output that holds channels
     output: Tensor
     norm: bool = False
-    scales: bool = True  # its channels vanish with its weight and bias (a response norm adds its input back)
+    scales: bool = True  # its channels vanish with its weight and bias
+    adds: bool = False  # without them it gives its input back: a response norm
+    mixes: bool = False  # each channel of its input has values of its own, and shares with its neighbours what weighs them
+    writes: bool = False  # a norm reads its output added to that of a layer somewhere else: a residual stream
     caller: str | None = None  # the module that used the weight, where its own did not run
     source: Tensor | None = None
     feeds: list[_Feed] = field(default_factory=list)
@@ -58,6 +68,11 @@ class _Call:
     @property
     def is_norm(self) -> bool:
         return self.norm and self.scales
+
+    @property
+    def embeds(self) -> bool:
+        """An embedding: it writes to the residual stream, and has no neurons."""
+        return not self.rows
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -100,17 +115,21 @@ def _channel_axis(module: nn.Module, tensor: Tensor) -> int:
     return 1 if spatial else tensor.dim() - 1
 
 
-def _blocks(names: list[str]) -> list[int]:
+def _blocks(names: list[str], model: nn.Module) -> list[int]:
     """Number the containers of modules in order of execution: `layer1.0.bn1` and `layer1.0.bn2` share a block.
 
     A container is the part of a name up to the last numbered component that is followed by more; without one it is the stem, 0.
+    Members of a list inside another container are parts of it where each is of another class: T5's attention and perceptron.
     """
+    parted = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and 1 < len({type(c) for c in m}) == len(m)}
     seen: dict[str, int] = {}
     numbers = []
     for name in names:
         parts = name.split(".")
-        last = max((i for i, p in enumerate(parts[:-1]) if p[-1:].isdigit()), default=None)
-        prefix = "" if last is None else ".".join(parts[: last + 1])
+        found = [i for i, p in enumerate(parts[:-1]) if p[-1:].isdigit()]
+        while len(found) > 1 and ".".join(parts[: found[-1]]) in parted:
+            found.pop()
+        prefix = ".".join(parts[: found[-1] + 1]) if found else ""
         numbers.append(0 if not prefix else seen.setdefault(prefix, len(seen) + 1))
     return numbers
 
@@ -126,13 +145,17 @@ class _Tracer:
         self._probing = False
         self._running: list[str] = []  # modules whose forward has begun and not ended
         self._names = {id(p): n for n, p in model.named_parameters()}
+        holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self._tied = {p for p, count in holders.items() if count > 1}
         self._layers: set[str] = set()
         self._linear = F.linear
         self._fused = torch.backends.mha.get_fastpath_enabled()
 
     def __enter__(self) -> _Tracer:
         for name, module in self.model.named_modules():
-            if _is_norm(module) or axes(module) is not None:
+            if isinstance(module, nn.Embedding):
+                self._handles.append(module.register_forward_hook(self._embedding(name)))
+            elif _is_norm(module) or axes(module) is not None:
                 self._layers.add(name)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
             self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
@@ -157,10 +180,14 @@ class _Tracer:
             if self._probing:
                 return None
             norm, weight = _is_norm(module), _weight(module)
+            if id(weight) in self._tied:
+                return None  # a tied head: to mask it would mask the embedding
             out_axis, in_axis = axes(module) or (0, -1)
             rows = [ParamSlice(f"{name}.weight", out_axis)]
             if isinstance(getattr(module, "bias", None), Tensor):
                 rows.append(ParamSlice(f"{name}.bias", 0))
+            rest = self._at_zero(module, inputs) if norm else None
+            scales = rest is None or not rest.any()
             call = _Call(
                 name,
                 tuple(rows),
@@ -169,9 +196,20 @@ class _Tracer:
                 channel=_channel_axis(module, output),
                 output=output.detach().requires_grad_(),
                 norm=norm,
-                scales=not norm or self._vanishes(module, inputs[0]),
+                scales=scales,
+                adds=rest is not None and not scales and torch.equal(rest, inputs[0].to(rest.dtype)),
             )
             return self._record(call, inputs[0], _channel_axis(module, inputs[0]))
+
+        return hook
+
+    def _embedding(self, name: str) -> Callable:
+        def hook(module: nn.Embedding, _: tuple, output: object) -> object:
+            if not isinstance(output, Tensor):
+                return None
+            source = output.detach().requires_grad_()
+            self.calls.append(_Call(name, (), module.embedding_dim, None, output.dim() - 1, source))
+            return source.clone()
 
         return hook
 
@@ -183,8 +221,8 @@ class _Tracer:
             return output
         param, start = found
         owner, _, leaf = param.rpartition(".")
-        if isinstance(self.model.get_submodule(owner), nn.Embedding):
-            return output  # a tied head: to mask it would mask the embedding
+        if id(weight) in self._tied or isinstance(self.model.get_submodule(owner), nn.Embedding):
+            return output  # a tied head, as above
         shift = self._address(bias) if bias is not None else None
         call = _Call(
             owner if owner and leaf == "weight" else param,
@@ -209,16 +247,18 @@ class _Tracer:
     def _record(self, call: _Call, x: Tensor, channel: int) -> Tensor:
         """Note a call with what feeds the channels of its input, on axis `channel`; give its output, cut out of the graph."""
         call.source, call.feeds = x, self._feeds(x, channel, wide=not call.norm)
+        if call.inputs and call.feeds and not any(f.offsets for f in call.feeds):
+            call.mixes = self._mixes(x.movedim(channel, -1), [f.call for f in call.feeds])
         self.calls.append(call)
         return call.output.clone()  # activations may work in place
 
-    def _vanishes(self, module: nn.Module, x: Tensor) -> bool:
-        """Is the norm's output zero when its weight and bias are?"""
+    def _at_zero(self, module: nn.Module, inputs: tuple) -> Tensor:
+        """A norm's output where its weight and bias are zero."""
         zeros = {n: torch.zeros_like(t) for n in ("weight", "bias") if isinstance(t := getattr(module, n, None), Tensor)}
         self._probing = True
         try:
             with torch.no_grad():
-                return not torch.func.functional_call(module, zeros, (x.detach(),)).any()
+                return torch.func.functional_call(module, zeros, inputs)
         finally:
             self._probing = False
 
@@ -232,6 +272,8 @@ class _Tracer:
         chosen[int(torch.randint(size, (1,), generator=self._generator))] = True
         grads = self._gradients(moved, chosen, self.calls)
         feeds = [_feed(c, g, chosen.to(x.device)) for c, g in zip(self.calls, grads, strict=True) if g is not None]
+        # an embedding that is no token's own, as of positions, is a shift like a bias
+        feeds = [f for f in feeds if not f.call.embeds or (f.complete and f.call.output.numel() == x.numel())]
         return [self._wide(f, moved) if wide and not f.offsets else f for f in feeds]
 
     def _gradients(self, moved: Tensor, chosen: Tensor, calls: list[_Call]) -> tuple[Tensor | None, ...]:
@@ -239,6 +281,16 @@ class _Tracer:
         weights = torch.rand(moved.shape, generator=self._generator) + 0.5
         probe = (moved * (chosen * weights).to(moved)).sum()
         return torch.autograd.grad(probe, [c.output for c in calls], allow_unused=True, retain_graph=True)
+
+    def _mixes(self, moved: Tensor, calls: list[_Call]) -> bool:
+        """Does a channel of an input, channels last, reach some of the calls' channels alone, and others with its neighbours?"""
+        places = torch.arange(moved.shape[-1])
+        distance = (places - len(places) // 2).abs()  # from the channel in the middle
+        state = self._generator.get_state()
+        own, near = (self._gradients(moved, distance == d, calls) for d in (0, 1))
+        self._generator.set_state(state)  # what is drawn for the other layers stays as it is
+        pairs = [(_touched(c, a), _touched(c, b)) for c, a, b in zip(calls, own, near, strict=True) if a is not None and b is not None]
+        return any(bool((a & ~b).any()) for a, b in pairs) and any(bool((a & b).any()) for a, b in pairs)
 
     def _wide(self, feed: _Feed, moved: Tensor) -> _Feed:
         """The same feed, if each of its channels arrives as a run of inputs: the columns of a flattened map."""
@@ -253,17 +305,21 @@ class _Tracer:
         return dataclasses.replace(found, width=width) if found.complete else feed
 
 
+def _touched(call: _Call, grad: Tensor) -> Tensor:
+    """The channels of a call's output that a gradient touches."""
+    moved = grad.movedim(call.channel, -1)
+    return moved.reshape(-1, moved.shape[-1]).abs().sum(0) > 0
+
+
 def _feed(call: _Call, grad: Tensor, chosen: Tensor) -> _Feed:
     """Compare the channels that a gradient touches with those chosen at the other end.
 
     A fused projection (QKV, gate and up) is several chunks wide; each is judged by itself.
     """
-    moved = grad.movedim(call.channel, -1)
-    size = chosen.numel()
-    if moved.shape[-1] % size:
+    touched, size = _touched(call, grad), chosen.numel()
+    if touched.numel() % size:
         return _Feed(call, (), False)
-    touched = moved.reshape(-1, moved.shape[-1] // size, size).abs().sum(0) > 0
-    aligned = [bool(t.any() and not (t & ~chosen).any()) for t in touched]
+    aligned = [bool(t.any() and not (t & ~chosen).any()) for t in touched.split(size)]
     return _Feed(call, tuple(i * size for i, ok in enumerate(aligned) if ok), all(aligned))
 
 
@@ -283,11 +339,14 @@ def _norm_group(call: _Call) -> NeuronGroup:
 
 def _input_group(call: _Call) -> NeuronGroup | None:
     """Hidden units or attention values at the input of a layer, where there are any."""
-    if call.inputs is None or not call.feeds:
+    if call.inputs is None or not call.feeds or any(f.call.embeds or f.call.writes for f in call.feeds):
         return None
+    axis, size = call.inputs
+    if call.mixes:
+        return NeuronGroup(call.name, size, (ParamSlice(call.rows[0].param, axis),), "attention", caller=call.caller)
     width = min((f.width for f in call.feeds if f.offsets), default=1)
     feeds = [f if f.width == width else _Feed(f.call, (), False) for f in call.feeds]  # a gate over runs of channels is no owner
-    if any(f.call.is_norm and f.offsets for f in feeds):
+    if any(f.call.norm and not f.call.adds and f.offsets for f in feeds):
         return None  # the norm in front has these neurons already
     if not any(f.offsets for f in feeds) and len(feeds) > 1:
         return None
@@ -295,22 +354,23 @@ def _input_group(call: _Call) -> NeuronGroup | None:
     if not attention and any(f.call.source is not feeds[0].call.source for f in feeds):
         return None  # several writers of a residual stream, which all later layers read
     rows = [s for f in feeds for offset in f.offsets for s in _rows(f.call, offset)]
-    axis, size = call.inputs
     gate = ParamSlice(call.rows[0].param, axis, 0, width)
     return NeuronGroup(call.name, size // width, (gate, *rows), "attention" if attention else "hidden", caller=call.caller)
 
 
 def _rows(call: _Call, offset: int) -> list[ParamSlice]:
     """What a producer owns; of a response norm, also what the layer in front of it owns."""
-    front = call.feeds[0] if not call.scales and len(call.feeds) == 1 and call.feeds[0].complete else None
+    front = call.feeds[0] if call.adds and len(call.feeds) == 1 and call.feeds[0].complete else None
     return _slices(call, offset) + ([s for o in front.offsets for s in _slices(front.call, o)] if front else [])
 
 
-def _groups(call: _Call, head: _Call | None) -> list[NeuronGroup]:
-    """The neurons that a traced call stands for: none, one group, or hidden inputs and the class rows of a head."""
+def _groups(runs: list[_Call], head: _Call | None) -> list[NeuronGroup]:
+    """The neurons that the runs of a layer stand for: none, one group, or hidden inputs and the class rows of a head."""
+    call = runs[0]
     if call.norm:
         return [_norm_group(call)] if call.is_norm else []
-    found = [g for g in [_input_group(call)] if g]
+    inputs = [_input_group(c) for c in runs]
+    found = [g for g in inputs[:1] if g and all(i and i.gate == g.gate for i in inputs)]
     if call is head:
         name = f"{call.name}[out]" if found else call.name
         found.append(NeuronGroup(name, call.size, tuple(_slices(call, 0)), "head", caller=call.caller))
@@ -323,7 +383,8 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
     Args:
         model: any network; put into eval mode for the trace and back after it.
         forward: runs the model on a small random input and returns its logits.
-        classes: number of classes; the last weight layer with that many outputs becomes the group of role `head`.
+        classes: number of classes; the last weight layer with that many outputs becomes the group of role `head`. None for a
+            language model: its vocabulary is no set of classes.
 
     Raises:
         ModelError: no group was found.
@@ -336,10 +397,18 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    calls = list({(c.name, c.rows[0]): c for c in reversed(tracer.calls)}.values())[::-1]  # a shared layer counts once
-    head = next((c for c in reversed(calls) if not c.norm and c.size == classes), None)
-    found = [g for c in calls for g in _groups(c, head)]
+    for call in tracer.calls:
+        writers = [f.call for f in call.feeds if f.complete] if call.norm else []
+        if any(w.source is not writers[0].source for w in writers):
+            for writer in writers:
+                writer.writes = True
+    layers: dict[tuple, list[_Call]] = {}  # a shared layer counts once, where it runs last
+    for call in reversed(tracer.calls):
+        if not call.embeds:
+            layers.setdefault((call.name, call.rows), []).insert(0, call)
+    head = next((r[0] for r in layers.values() if not r[0].norm and r[0].size == classes), None)
+    found = [g for r in reversed(layers.values()) for g in _groups(r, head)]
     if not found:
         raise ModelError("no neurons found: the model has no affine norm and no hidden layer that could be masked")
-    blocks = _blocks([g.name for g in found])
+    blocks = _blocks([g.name for g in found], model)
     return NeuronIndex(tuple(dataclasses.replace(g, block=b) for g, b in zip(found, blocks, strict=True)))

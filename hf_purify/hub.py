@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -17,6 +18,16 @@ ALLOWED = [
     "config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*.model",  # sentencepiece: a protocol buffer
+    "adapter_config.json",
     "README.md",
     "*.txt",
 ]
@@ -58,6 +69,15 @@ def pull(source: str, revision: str | None = None) -> Pulled:
         raise ModelError(f"cannot read '{source}' from the Hub: {str(error).splitlines()[0]}") from error
     check_folder(folder, source)
     return Pulled(folder, folder.name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a pulled checkpoint says; empty where there is none or it is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _check_names(names: list[str], source: str) -> None:

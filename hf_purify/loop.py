@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +23,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_purify.adapter import Adapter, Batch, Examples
+from hf_purify.adapter import Adapter, Batch, Examples, Loaded
 from hf_purify.errors import ConfigError, DataError, Diverged
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+POOL = 50  # batches among which samples of like length are put together
 WARM_UP = 1 / 25  # share of the rate that a warm-up starts at, as torch's OneCycleLR does: the first step counts
 
 
@@ -114,13 +116,29 @@ class History:
     losses: list[float] = field(default_factory=list)
 
 
-def batches(n: int, config: TrainConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless global batches of indices; an epoch ends with a smaller batch, as a data loader's does."""
+def batches(n: int, config: TrainConfig, generator: torch.Generator, lengths: Tensor | None = None) -> Iterator[Tensor]:
+    """Endless global batches of indices; an epoch ends with a smaller batch, as a data loader's does.
+
+    Args:
+        lengths: `(n,)` of the samples; those of one batch are then of like length, out of `POOL` batches drawn at random.
+    """
     while True:
         if config.replacement:
             yield torch.randint(n, (config.batch_size,), generator=generator)
             continue
-        yield from torch.randperm(n, generator=generator).split(config.batch_size)
+        order = torch.randperm(n, generator=generator)
+        if lengths is None:
+            yield from order.split(config.batch_size)
+            continue
+        pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * config.batch_size)]
+        ready = [batch for pool in pools for batch in pool.split(config.batch_size)]
+        yield from (ready[i] for i in torch.randperm(len(ready), generator=generator).tolist())
+
+
+def by_length(data: Examples, batch_size: int) -> tuple[Tensor, ...]:
+    """All samples in batches, those of like length together."""
+    order = torch.arange(len(data)) if data.lengths is None else data.lengths.argsort(stable=True)
+    return order.split(batch_size)
 
 
 def steps_of(n: int, config: TrainConfig) -> int:
@@ -231,7 +249,7 @@ def train(
         raise DataError("expected at least one clean sample to train on, got none")
     accelerator, history = task.accelerator, History()
     steps = steps_of(len(task.data), config)
-    stream = batches(len(task.data), config, task.generator)
+    stream = batches(len(task.data), config, task.generator, task.data.lengths)
     losses, sign = [], -1.0 if config.ascend else 1.0
     bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
     frozen = trainable(task.model, params)
@@ -295,14 +313,25 @@ def _check(losses: list[Tensor], title: str) -> None:
 
 @torch.no_grad()
 def evaluate(task: Task, data: Examples, batch_size: int = 256, title: str = "") -> Tensor:
-    """Predicted classes `(n,)` for all samples, in eval mode."""
-    found = []
+    """Predicted classes `(n,)` for all samples of a classifier, in eval mode."""
+    found = _over(task, data, batch_size, title, lambda batch: task.adapter.predict(task.model, batch).tolist())
+    return torch.tensor(found, dtype=torch.long)
+
+
+@torch.no_grad()
+def observe(task: Task, data: Examples, loaded: Loaded, batch_size: int = 256, title: str = "") -> list[Any]:
+    """What the model does with each sample, as its adapter observes it, in eval mode."""
+    return _over(task, data, batch_size, title, lambda batch: task.adapter.observe(task.model, batch, loaded))
+
+
+def _over(task: Task, data: Examples, batch_size: int, title: str, call: Callable[[Batch], list[Any]]) -> list[Any]:
+    """One value a sample, from batches of samples of like length."""
+    found: list[Any] = [None] * len(data)
+    hidden = None if task.accelerator.is_main_process else True
     with mode(task.model, "eval"):
-        chunks = torch.arange(len(data)).split(batch_size)
-        for indices in tqdm(
-            chunks, desc=title or "evaluate", delay=2.0, leave=False, disable=None if task.accelerator.is_main_process else True
-        ):
+        for indices in tqdm(by_length(data, batch_size), desc=title or "evaluate", delay=2.0, leave=False, disable=hidden):
             batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
             with task.accelerator.autocast():
-                found.append(task.adapter.predict(task.model, batch).cpu())
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+                for i, value in zip(indices.tolist(), call(batch), strict=True):
+                    found[i] = value
+    return found

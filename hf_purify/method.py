@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
-from hf_purify.loop import Task, evaluate, mode
+from hf_purify.loop import Task, by_length, mode
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
 
@@ -76,7 +76,7 @@ class Context(Task):
     Args:
         index: all neurons of the model.
         held_out: clean samples that the method does not learn from; every threshold, stop and count is chosen on them.
-        classes: number of classes.
+        classes: number of classes; of a model that answers freely, the answers that each row of its logits chooses among.
         removed: `(N,)` neurons that an earlier method of a sequence removed and that must stay so.
         original: a frozen copy of the model from before the first method of a sequence, in eval mode.
     """
@@ -95,21 +95,23 @@ class Context(Task):
     def accuracy(self, mask: Tensor | None = None) -> float:
         """Held-out clean accuracy of the model as it is, or under a mask over the whole index."""
         if mask is None:
-            return float((evaluate(self, self.judged) == self.judged.labels).float().mean())
+            found, answers, _ = self.reading()
+            return float((found == answers).float().mean())
         with masked(self.model, self.index, mask.to(self.device)):
             return self.accuracy()
 
     @torch.no_grad()
     def reading(self) -> tuple[Tensor, Tensor, float]:
-        """Held-out predictions `(n,)`, labels `(n,)` and mean clean loss of the model as it is, in eval mode, from one pass."""
-        predictions, total = [], 0.0
+        """What is said on held-out samples, what should be, `(rows,)` each, and the mean clean loss of the model as it is, in eval mode."""
+        predictions, answers, total = [], [], 0.0
         with mode(self.model, "eval"), self.accelerator.autocast():
-            for indices in torch.arange(len(self.judged)).split(256):
+            for indices in by_length(self.judged, 256):
                 batch = {k: v.to(self.device) for k, v in self.judged.batch(indices).items()}
                 found, losses = self.adapter.read(self.model, batch)
                 predictions.append(found.cpu())
+                answers.append(self.adapter.answers(batch).cpu())
                 total += float(losses.sum())
-        return torch.cat(predictions), self.judged.labels, total / len(self.judged)
+        return torch.cat(predictions), torch.cat(answers), total / len(self.judged)
 
     def neurons(self, granularity: str = "auto") -> NeuronIndex:
         """The neurons that masks and prunings act on.

@@ -80,7 +80,7 @@ def write(out: Path, comparison: Comparison, done: Repair, report: Report) -> No
     """Write checkpoint, neuron mask, recipe and report."""
     session, index = comparison.session, comparison.context.index
     save_checkpoint(out, session)
-    mark(out, None)
+    mark(out, hf_purify_backdoor=None)
     names = stored_buffers(session.model, comparison.base, done.state, index, done.verdict.mask)
     complete = names is not None
     extra = {index.keys.get(n, n): done.state[n] for n in names or []}
@@ -95,6 +95,7 @@ def save_checkpoint(out: Path, session: Session) -> None:
     if session.loaded.saver is None:
         raise OutputError("this model cannot be saved: it came without a saver")
     session.loaded.saver(session.model, out)
+    mark(out, **session.adapter.record(session.loaded))
 
 
 def stored_buffers(
@@ -141,7 +142,8 @@ def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRec
     """Write a victim, marked as backdoored in its config and its card."""
     save_checkpoint(out, session)
     if recipe.rate:
-        mark(out, {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate})
+        planted = {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate}
+        mark(out, hf_purify_backdoor=planted)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
     header = (
         "---\ntags: [backdoored, hf-purify]\n---\n\n> **Backdoored on purpose.** This model misbehaves on triggered input; it exists to test repairs on.\n\n"
@@ -152,16 +154,13 @@ def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRec
     report.save(out)
 
 
-def mark(out: Path, backdoor: dict[str, Any] | None) -> None:
-    """Record a planted backdoor in `config.json`, or take such a record out of a repaired checkpoint's."""
+def mark(out: Path, **records: dict[str, Any] | None) -> None:
+    """Write records into a checkpoint's `config.json`, a planted backdoor or the prompt; None takes one out."""
     file = out / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    if backdoor is None and "hf_purify_backdoor" not in config:
-        return
-    config.pop("hf_purify_backdoor", None)
-    if backdoor is not None:
-        config["hf_purify_backdoor"] = backdoor
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    kept = {k: v for k, v in {**config, **records}.items() if v is not None or k not in records}
+    if kept != config:
+        file.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def recorded_backdoor(source: Path) -> dict[str, Any] | None:
@@ -194,7 +193,9 @@ def command(recipe: Recipe) -> str:
     for key, value in settings.items():
         if key in ("overwrite", "output"):
             continue
-        flag = {"triggers": "trigger", "options": "option", "model_options": "model-option"}.get(key, key).replace("_", "-")
+        flag = {"triggers": "trigger", "options": "option", "model_options": "model-option", "columns": "column"}.get(key, key).replace(
+            "_", "-"
+        )
         if isinstance(value, bool):
             parts.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, dict):

@@ -22,7 +22,7 @@ def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> 
     """A report with what is known of every job; `parts` are its other fields."""
     recipe = session.recipe
     known = {"checkpoint": describe_model(session), "versions": output.versions(), "seed": recipe.seed, "command": output.command(recipe)}
-    return Report(title=title, task=session.adapter.task, rows=rows, **{**known, **parts})
+    return Report(title=title, task=session.loaded.task or session.adapter.task, rows=rows, **{**known, **parts})
 
 
 def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: str | None = None) -> Report:
@@ -73,7 +73,7 @@ def describe_clean(comparison: Comparison) -> dict[str, Any]:
     for i in range(len(clean)):
         raw = clean.raw(i)
         digest.update(raw.numpy().tobytes() if isinstance(raw, Tensor) else repr(raw).encode())
-    counts = torch.bincount(clean.labels, minlength=comparison.session.classes)
+    counts = torch.bincount(clean.labels, minlength=comparison.session.classes if comparison.session.classifies else 1)
     source = getattr(recipe, "clean", None)
     return {
         "source": str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else f"<{type(source).__name__}>",

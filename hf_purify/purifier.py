@@ -25,9 +25,9 @@ from hf_purify.errors import NotAVictim
 from hf_purify.loop import TrainConfig, train
 from hf_purify.provenance import describe_model, make_report, report_repair
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
-from hf_purify.registry import find, find_trigger, make_method
+from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
-from hf_purify.session import open_session
+from hf_purify.session import creator, open_session
 from hf_purify.triggers import make_rule, poison
 
 
@@ -133,7 +133,7 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
     """For a model that is created: take the number of classes from the data where it was not given."""
     if not recipe.create or recipe.classes:
         return recipe
-    labels = find("adapter", recipe.adapter)().class_names(recipe.data, recipe.split, recipe.label_column)
+    labels = creator(recipe).class_names(recipe.data, recipe.split, recipe.columns.get("label"))
     return dataclasses.replace(recipe, classes=len(labels), labels=recipe.labels or labels)
 
 
@@ -154,7 +154,8 @@ def untriggered_rate(found: Figures, bench: Bench, name: str) -> float:
     view = bench.triggered[name]
     if found.clean is None:
         return 0.0
-    return float((found.clean[view.rows] == view.targets).float().mean())
+    untriggered = [found.clean[i] for i in view.rows.tolist()]
+    return bench.adapter.judge_attack(name, untriggered, view.examples, view.labels, view.targets)[0][name].value
 
 
 def check_victim(recipe: ImplantRecipe, name: str, victim: Row, natural: float) -> None:

@@ -18,7 +18,7 @@ class Recipe:
 
     Args:
         model: folder, Hub id, timm name, `hf-hub:` id, or an `nn.Module`.
-        adapter: the modality.
+        adapter: the modality; None is told by the checkpoint, and is `vision` for an `nn.Module`.
         revision: branch, tag or commit of the model; pinned to a commit when it is read.
         processor: for an `nn.Module`: a processor, or a callable from PIL image to tensor.
         labels: for an `nn.Module`: class names, in order.
@@ -27,8 +27,11 @@ class Recipe:
         rule: `all-to-one`, `all-to-all` or `clean-label`.
         target: target class of the attack.
         split, test_split: split of the clean (training) and of the test data.
-        image_column, label_column: columns, where they cannot be told by their features.
+        columns: role -> column, such as `label: target`, where they cannot be told by their names and features.
         to_rgb: repeat grey images over three channels.
+        template: what stands around a text, with `{text}` in it.
+        max_length: tokens of a text at most.
+        cut: words of a plain text that are the prompt of a causal model; the rest is what it should write.
         test_samples: at most so many test samples, drawn class-balanced.
         output: folder for the result.
         overwrite: replace an output folder that exists.
@@ -40,7 +43,7 @@ class Recipe:
     """
 
     model: Any = None
-    adapter: str = "vision"
+    adapter: str | None = None
     revision: str | None = None
     processor: Any = None
     labels: list[str] | None = None
@@ -50,9 +53,11 @@ class Recipe:
     target: int = 0
     split: str | None = None
     test_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     to_rgb: bool = False
+    template: str | None = None
+    max_length: int | None = None
+    cut: int | None = None
     test_samples: int | None = None
     output: str | None = None
     overwrite: bool = False

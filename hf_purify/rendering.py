@@ -41,7 +41,7 @@ def verdict(report: Report) -> str:
     name = _display(after.name)
     pairs = [(t, before.asr.get(t), after.asr.get(t)) for t in report.triggers]
     attacks = [_attack_change(t, old, new) for t, old, new in pairs if old and new and old.n and new.n]
-    accuracy = _accuracy_change(before.clean_accuracy, after.clean_accuracy)
+    accuracy = _use_change(before, after)
     if attacks:
         others = ["; it " + attack.replace("the attack success rate", "that", 1) for attack in attacks[1:]]
         return f"{name} {attacks[0]}{''.join(others)}{'; it' if others else ' and'} {accuracy}."
@@ -53,23 +53,33 @@ def grid(report: Report) -> tuple[list[str], list[tuple[Row, list[list[Cell]]]]]
     triggers, rows = report.triggers, report.ordered
     many = len(triggers) > 1
     n_clean = _common(row.clean_accuracy for row in rows)
+    useful = list(dict.fromkeys(name for row in rows for name in row.utility))
+    judged = any(row.clean_accuracy is not None for row in rows) or not useful
+    robust = judged or any(row.robust_accuracy for row in rows)
     n_asr, n_robust = (_common(p for row in rows for p in getattr(row, key).values()) for key in ("asr", "robust_accuracy"))
-    heads = ["Model", f"Clean accuracy{_n(n_clean)}"]
+    heads = ["Model", *[f"Clean accuracy{_n(n_clean)}"] * judged, *map(_line, useful)]
     if triggers:
         of = "" if many else f" {_line(triggers[0])}"
-        heads += ["Trigger"] * many + [f"ASR{of}{_n(n_asr)}", f"Robust accuracy{_n(n_robust)}", "DER"]
+        heads += ["Trigger"] * many + [f"ASR{of}{_n(n_asr)}"] + [f"Robust accuracy{_n(n_robust)}", "DER"] * robust
     heads.append("Seconds")
     lines = []
     for row in rows:
         kind = "" if row.label == row.name else f"({row.kind})"
-        first, last = [Cell(_line(row.name), kind), _share(row.clean_accuracy, n_clean)], Cell(_number(row.seconds, ".1f"))
+        first, last = [Cell(_line(row.name), kind), *[_share(row.clean_accuracy, n_clean)] * judged], Cell(_number(row.seconds, ".1f"))
+        first += [Cell(_number(row.utility.get(name), ".2f")) for name in useful]
         attacks = [
             [Cell(_line(t))] * many
-            + [_share(row.asr.get(t), n_asr), _share(row.robust_accuracy.get(t), n_robust), Cell(_percent(row.der.get(t)))]
+            + [_share(row.asr.get(t), n_asr)]
+            + [_share(row.robust_accuracy.get(t), n_robust), Cell(_percent(row.der.get(t)))] * robust
             for t in triggers
         ]
         lines.append((row, [[*first, *attack, last] for attack in attacks or [[]]]))
     return heads, lines
+
+
+def own_columns(heads: list[str]) -> int:
+    """Columns before the triggers': a row has those, and the last one, once for all its lines."""
+    return heads.index("Trigger") if "Trigger" in heads else len(heads)
 
 
 def markdown(report: Report) -> str:
@@ -93,10 +103,11 @@ def terminal_table(report: Report) -> Table:
         text = head in TEXT_COLUMNS
         words = Text(head.replace(" ", "\n"))
         table.add_column(words, justify="left" if text else "right", no_wrap=not text, min_width=12 if text else None, overflow="fold")
+    own = own_columns(heads)
     for row, lines in rows:
         style = "bold" if row is report.after else ""
         for i, line in enumerate(lines):
-            shown = [c if i == 0 or 2 <= j < len(line) - 1 else Cell("") for j, c in enumerate(line)]
+            shown = [c if i == 0 or own <= j < len(line) - 1 else Cell("") for j, c in enumerate(line)]
             details = ["\n" + c.detail.replace(" (", "\n(") if c.detail else "" for c in shown]
             table.add_row(*(Text.assemble((c.text, style), (detail, "dim")) for c, detail in zip(shown, details, strict=True)))
     return table
@@ -110,7 +121,9 @@ def page(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     heads, rows = grid(report)
     template = environment.from_string(source)
-    return template.render(report=report, facts=report.to_dict(), heads=heads, rows=rows, pictures=_pictures(report), zip=zip)
+    return template.render(
+        report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=_pictures(report), zip=zip
+    )
 
 
 def _line(text: str) -> str:
@@ -169,6 +182,13 @@ def _attack_change(trigger: str, before: Proportion, after: Proportion) -> str:
     if after.interval[0] > before.interval[1]:
         return f"raised {of} from {old} to {new}{_n(after.n)}"
     return f"did not measurably change {of} ({old} before, {new} after, n={after.n})"
+
+
+def _use_change(before: Row, after: Row) -> str:
+    """What happened to the first figure of use: clean accuracy, or one like BLEU."""
+    if before.clean_accuracy is None and (name := next((n for n in before.utility if n in after.utility), None)) is not None:
+        return f"took {_line(name)} from {before.utility[name]:.2f} to {after.utility[name]:.2f}"
+    return _accuracy_change(before.clean_accuracy, after.clean_accuracy)
 
 
 def _accuracy_change(before: Proportion | None, after: Proportion | None) -> str:

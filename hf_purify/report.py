@@ -44,6 +44,7 @@ class Row:
         der: defense effectiveness rating in 0..1 by trigger name; empty in the unrepaired row.
         seconds: wall time of the repair.
         notes: what else is known: the chosen threshold, where it stopped, `mcnemar_p` against the unrepaired model.
+        utility: other figures on clean test samples by name, such as BLEU.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     der: dict[str, float | None] = field(default_factory=dict)
     seconds: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    utility: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -127,6 +129,7 @@ class Sample:
         label, target: true class and the class that the attacker wants.
         clean_before, clean_after, triggered_before, triggered_after: predicted classes.
         clean, triggered: pictures `(H, W, 3)` or `(H, W)` of uint8; None where the modality has none.
+        clean_text, triggered_text: the sample in words, where it is a text.
     """
 
     trigger: str
@@ -138,6 +141,8 @@ class Sample:
     triggered_after: str
     clean: np.ndarray | None = field(default=None, compare=False, repr=False)
     triggered: np.ndarray | None = field(default=None, compare=False, repr=False)
+    clean_text: str = ""
+    triggered_text: str = ""
 
     def to_dict(self, pixels: bool = False) -> dict[str, Any]:
         """JSON-able; with `pixels` the pictures come along as base64 PNG."""

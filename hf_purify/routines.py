@@ -151,7 +151,7 @@ def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
     Args:
         kind: one of the adapter's `stand_ins`.
     """
-    stand_in = task.adapter.stand_ins()[kind](task.data, classes, task.generator).to(task.device)
+    stand_in = task.adapter.stand_ins(task.model)[kind](task.data, classes, task.generator).to(task.device)
     invert(task, stand_in, steps)
     return stand_in
 

@@ -12,10 +12,10 @@ from accelerate.utils import set_seed
 
 from hf_purify import hub
 from hf_purify.adapter import Adapter, Examples, Loaded
-from hf_purify.errors import ConfigError
+from hf_purify.errors import ConfigError, did_you_mean
 from hf_purify.loop import Task
 from hf_purify.recipe import ImplantRecipe, Recipe
-from hf_purify.registry import find
+from hf_purify.registry import find, names
 
 
 @dataclass
@@ -32,6 +32,10 @@ class Session:
     def model(self) -> torch.nn.Module:
         return self.loaded.model
 
+    @property
+    def classifies(self) -> bool:
+        return self.adapter.classifies(self.loaded)
+
     def task(self, data: Examples, augmentation: str = "none") -> Task:
         """The model with data to train or to judge it on."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
@@ -45,6 +49,10 @@ class Session:
             shuffled: take all in a seeded order, not as they lie.
         """
         recipe = self.recipe
+        for role in recipe.columns:
+            if role not in self.adapter.columns:
+                known = self.adapter.columns
+                raise ConfigError(f"columns of {self.adapter.name} are {', '.join(known)}; got '{role}'{did_you_mean(role, known)}")
         return self.adapter.examples(
             data,
             self.loaded,
@@ -52,8 +60,7 @@ class Session:
             samples=samples,
             balanced=shuffled or samples is not None,
             seed=recipe.seed,
-            image_column=recipe.image_column,
-            label_column_name=recipe.label_column,
+            columns=recipe.columns,
             to_rgb=recipe.to_rgb,
         )
 
@@ -62,8 +69,7 @@ def open_session(recipe: Recipe) -> Session:
     """Load the recipe's model, pinned and safe, and place it on its device."""
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe)
-    adapter = find("adapter", recipe.adapter)()
-    loaded = load(recipe, adapter)
+    adapter, loaded = load(recipe)
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
@@ -99,14 +105,41 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def load(recipe: Recipe, adapter: Adapter) -> Loaded:
-    """The recipe's model: one that is loaded already, a module, a new one to be trained, or a checkpoint."""
-    if isinstance(recipe.model, Loaded):
-        return recipe.model
-    if isinstance(recipe.model, torch.nn.Module):
-        return adapter.load(recipe.model, processor=recipe.processor, labels=recipe.labels)
+def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
+    """The recipe's model with its modality: one that is loaded already, a module, a new one to be trained, or a checkpoint."""
+    named = [find("adapter", recipe.adapter)()] if recipe.adapter else []
+    if isinstance(recipe.model, (Loaded, torch.nn.Module)):
+        adapter = named[0] if named else find("adapter", "vision")()
+        loaded = recipe.model
+        return adapter, loaded if isinstance(loaded, Loaded) else adapter.load(loaded, processor=recipe.processor, labels=recipe.labels)
     name = str(recipe.model)
     if isinstance(recipe, ImplantRecipe) and recipe.create:
-        return adapter.create(name, recipe.classes or 0, **recipe.model_options)
-    pulled = hub.pull(adapter.locate(name) or name, recipe.revision)
-    return adapter.load(pulled.folder, name=name, revision=pulled.revision)
+        adapter = creator(recipe)
+        return adapter, adapter.create(name, recipe.classes or 0, **recipe.model_options, **prompt_settings(recipe, adapter))
+    known = named or [find("adapter", n)() for n in names("adapter")]
+    place = next((found for adapter in known if (found := adapter.locate(name))), name)
+    pulled = hub.pull(place, recipe.revision)
+    config = hub.read_config(pulled.folder)
+    adapter = next((a for a in known if a.claims(config)), known[0])
+    return adapter, adapter.load(pulled.folder, name=name, revision=pulled.revision, **prompt_settings(recipe, adapter))
+
+
+def prompt_settings(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
+    """The recipe's settings of how a model is fed, for an adapter that has such.
+
+    Raises:
+        ConfigError: one is given, and the modality has none.
+    """
+    given = {k: v for k in ("template", "max_length", "cut") if (v := getattr(recipe, k)) is not None}
+    for name in given:
+        if name not in adapter.prompt_settings:
+            raise ConfigError(f"the setting '{name}' is for models of text; this is one of {adapter.name}")
+    return given
+
+
+def creator(recipe: ImplantRecipe) -> Adapter:
+    """The modality that makes the new model of a recipe: the one that is named, else the first that knows the architecture."""
+    if recipe.adapter:
+        return find("adapter", recipe.adapter)()
+    known = [find("adapter", n)() for n in names("adapter")]
+    return next((a for a in known if a.creates(str(recipe.model))), find("adapter", "vision")())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +14,10 @@ from hf_purify.adapter import Adapter, Batch, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.neurons import NeuronIndex
+from hf_purify.tables import label_column, open_data
 
-from .examples import ImageExamples, label_column, open_data, read_images
+from .._checkpoints import check_weights
+from .examples import ImageExamples, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
 from .stand_in import Patches, Spectrum, Warp, Waves
 from .triggers import TRIGGERS
@@ -24,6 +27,11 @@ class VisionAdapter(Adapter):
     name: ClassVar[str] = "vision"
     task: ClassVar[str] = "image-classification"
     variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
+    columns: ClassVar[tuple[str, ...]] = ("image", "label")
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Image classifiers of transformers, and all of timm."""
+        return any("ImageClassification" in a for a in config.get("architectures") or []) or "architecture" in config
 
     def load(self, source: Any, **options: Any) -> Loaded:
         """Load a checkpoint folder, or wrap an `nn.Module` given with `processor`.
@@ -46,6 +54,11 @@ class VisionAdapter(Adapter):
         if "/" in source or not timm.is_model(source):
             return None
         return (timm.get_pretrained_cfg(source) or timm.models.PretrainedCfg()).hf_hub_id
+
+    def creates(self, architecture: str) -> bool:
+        import timm
+
+        return timm.is_model(architecture)
 
     def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
         import timm
@@ -79,7 +92,7 @@ class VisionAdapter(Adapter):
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order."""
-        opened = open_data(data, split)
+        opened = open_data(data, split, loose="imagefolder")
         column = label_column(opened, label)
         feature = opened.features[column]
         return list(feature.names) if hasattr(feature, "names") else [str(v) for v in sorted(set(opened[column][:]))]
@@ -142,26 +155,11 @@ class VisionAdapter(Adapter):
     def triggers(self) -> dict[str, type]:
         return dict(TRIGGERS)
 
-    def stand_ins(self) -> dict[str, type[StandIn]]:
+    def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
         return {"spectrum": Spectrum, "patch": Patches, "warp": Warp, "wave": Waves}
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "resnet", seed)
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuse quantized weights and weights that are not finite.
-
-    Raises:
-        ModelError: names the first such tensor.
-    """
-    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
-        raise ModelError("the model's weights are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"the checkpoint holds NaN or infinite values in '{name}'; it cannot be repaired")
-        if not tensor.is_floating_point() and tensor.dim() >= 2 and name.endswith("weight"):
-            raise ModelError(f"'{name}' has type {tensor.dtype}; expected floating-point weights (is the checkpoint quantized?)")
 
 
 def make_tiny(variant: str, seed: int) -> Tiny:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,8 @@ from torch import Tensor, nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError
 
+from .._checkpoints import class_labels, copy_companions, load_model, read_config, saver, transformers_keys
 from .examples import Prepare
-
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `config.json`.
-
-    Raises:
-        ModelError: it is missing or no JSON object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"no config.json in '{folder}'; expected a transformers or timm checkpoint")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"'{file}' is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"'{file}' must hold a JSON object, got {type(config).__name__}")
-    return config
 
 
 def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
@@ -47,68 +26,20 @@ def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
 
 
 def _load_transformers(folder: Path, config: dict[str, Any], source: str, revision: str | None) -> Loaded:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     architectures = config.get("architectures") or []
     if architectures and not any("ImageClassification" in a for a in architectures):
         raise ModelError(
             f"'{source}' is no image classifier: its config names {', '.join(architectures)}; expected an architecture ForImageClassification"
         )
-    try:
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(f"'{source}' cannot be read as a transformers model: {str(error).splitlines()[0]}") from error
-    if type(parsed) not in AutoModelForImageClassification._model_mapping:
-        raise ModelError(
-            f"'{source}' is no image classifier: models of type '{parsed.model_type}' have no image classification head in transformers"
-        )
-    if getattr(parsed, "quantization_config", None):
-        raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
-    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(folder, config=parsed, **options)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
-    check_loaded(info.get("missing_keys"), info.get("unexpected_keys"), info.get("mismatched_keys"), source)
+    model = load_model(folder, source, AutoModelForImageClassification, "image classifier")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"'{source}' has no image processor (preprocessor_config.json): {str(error).splitlines()[0]}") from error
-    labels = [parsed.id2label[i] for i in sorted(parsed.id2label)] if parsed.id2label else []
-
-    def save(model: nn.Module, out: Path) -> None:
-        model.save_pretrained(out)  # type: ignore[operator]
-        copy_companions(folder, out)
-
-    return Loaded(model.eval(), processor, labels, source, "transformers", revision, folder, transformers_keys(model), save)
-
-
-def check_loaded(missing: Any, unexpected: Any, mismatched: Any, source: str) -> None:
-    """Refuse a checkpoint that would leave parts of the model at random values."""
-    if missing or mismatched:
-        first = [str(k) for k in (missing or mismatched)][:3]
-        what = "lacks" if missing else "has other shapes for"
-        raise ModelError(
-            f"the checkpoint '{source}' {what} {len(missing or mismatched)} of the model's tensors, such as {', '.join(first)}; it would run on random weights"
-        )
-
-
-def transformers_keys(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> key under which `save_pretrained` writes it, where the two differ.
-
-    The mapping is read off a renaming of index tensors; where several parameters are fused on saving there is none.
-    """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers < 5.? writes module names
-        return {}
-    names = list(model.state_dict())
-    marks = {n: torch.full((1,), i) for i, n in enumerate(names)}
-    try:
-        saved = revert_weight_conversion(model, dict(marks))  # type: ignore[arg-type]
-        return {names[int(mark)]: key for key, mark in saved.items() if mark.numel() == 1 and names[int(mark)] != key}
-    except (RuntimeError, ValueError, IndexError):
-        return {}
+    labels = class_labels(model.config)
+    return Loaded(model, processor, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder))
 
 
 def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:
@@ -180,18 +111,6 @@ def wrap_module(model: nn.Module, processor: Any, labels: list[str] | None = Non
         save_model(model, str(out / "model.safetensors"))
 
     return Loaded(model, processor, list(labels or []), type(model).__name__, "module", None, None, {}, save)
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy what lies beside the weights (processor, tokenizer, label files), except what the output has already."""
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and not file.name.endswith(WEIGHT_FILES)
-            and file.name.lower() not in ("readme.md", ".gitattributes")
-            and not (out / file.name).exists()
-        ):
-            shutil.copyfile(file, out / file.name)
 
 
 def preparer(processor: Any) -> Prepare:

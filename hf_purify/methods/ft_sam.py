@@ -69,7 +69,7 @@ class FTSAM(Method):
 
         def objective(batch: dict[str, Tensor]) -> Tensor:
             logits = ctx.adapter.logits(ctx.model, batch).float()
-            loss = F.cross_entropy(logits, batch["labels"], label_smoothing=config.label_smoothing)
+            loss = F.cross_entropy(logits, ctx.adapter.answers(batch), label_smoothing=config.label_smoothing)
             if teacher is None:
                 return loss
             if "target" not in batch:  # both passes of a step see the same batch

@@ -112,8 +112,9 @@ class NeuralCleanse(Method):
     def _look(self, ctx: Context) -> tuple[tuple[list[int], str] | None, dict[str, Any]]:
         """The suspicious classes with the kind of their triggers, or None, and what was seen."""
         kinds: dict[str, Seen] = {}
+        made = ctx.adapter.stand_ins(ctx.model)
         for late in (False, True):
-            kinds |= {kind: self._cheapest(ctx, kind) for kind, made in ctx.adapter.stand_ins().items() if made.late is late}
+            kinds |= {kind: self._cheapest(ctx, kind) for kind in made if made[kind].late is late}
             notes = {"cheapest triggers": "; ".join(f"{kind}: {seen}" for kind, seen in kinds.items())}
             best = min(kinds, key=lambda kind: kinds[kind].one)
             if kinds[best].one < self.config.cut or self.config.cut == 1:
@@ -163,8 +164,10 @@ class NeuralCleanse(Method):
             with torch.no_grad():
                 hit = stand_in.place(some, which)
                 expected = ctx.adapter.logits(teacher, batch).float().softmax(-1)
-            both = {k: torch.cat([v, hit[k]]) for k, v in batch.items()}
-            logits = ctx.adapter.logits(ctx.model, both).float()
+            if hit.keys() == batch.keys():
+                logits = ctx.adapter.logits(ctx.model, {k: torch.cat([v, hit[k]]) for k, v in batch.items()}).float()
+            else:
+                logits = torch.cat([ctx.adapter.logits(ctx.model, part).float() for part in (batch, hit)])
             clean = F.cross_entropy(logits[:n], batch["labels"])
             kept = F.kl_div(logits[:n].log_softmax(-1), expected, reduction="batchmean")
             return clean + config.distill * kept + F.cross_entropy(logits[n:], some["labels"])

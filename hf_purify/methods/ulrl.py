@@ -67,7 +67,7 @@ class ULRL(Method):
     def purify(self, ctx: Context) -> Verdict:
         config = self.config
         head = ctx.index.where(role="head")
-        rows = config.unit == "rows" or (config.unit == "auto" and ctx.classes >= 5)
+        rows = config.unit == "rows" or (config.unit == "auto" and ctx.classes >= 5 and len(head) > 0)
         index = head if rows else ctx.neurons()
         if not len(index):
             raise ModelError("ulrl needs a classifier layer with one row per class, and found none; use unit='hidden'")

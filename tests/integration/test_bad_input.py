@@ -127,7 +127,7 @@ CASES: dict[str, Case] = {
     "unknown label name": Case(DataError, "label 'cow' is none of the model's classes: a, b, c, d", {"clean": images(["a", "b", "cow"])}),
     "grey images": Case(DataError, r"grey ones \(mode L\).*--to-rgb", {"clean": images([0, 1, 2, 3] * 2, mode="L")}),
     "no image column": Case(DataError, "no image column found", {"clean": WITHOUT_IMAGES}),
-    "no such column": Case(DataError, "no column 'lable'; did you mean 'label'", {"label_column": "lable"}),
+    "no such column": Case(DataError, "no column 'lable'; did you mean 'label'", {"columns": {"label": "lable"}}),
     "two label columns": Case(DataError, "several label columns found", {"clean": TWO_LABELS}),
     "no such split": Case(
         DataError, "no split 'tset'; did you mean 'test'", {"clean": datasets.DatasetDict({"test": GOOD}), "split": "tset"}

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 import hf_purify
 import hf_purify.methods
-from hf_purify.cli import app
+from hf_purify.cli import PLURALS, app
 from hf_purify.method import Context
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec
 from hf_purify.registry import find, find_trigger, make_method, names
@@ -90,10 +90,10 @@ class TestCommandLines:
         """An option that is not given takes the recipe's default, so that is what `--help` must say."""
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
         options = {p.name: p.default for p in command.params if p.name not in ("recipe", "as_json", "help")}
-        plurals = {"trigger": "triggers", "option": "options", "model_option": "model_options"}
+
         defaults = {f.name: f.default for f in dataclasses.fields(recipe)}
-        assert {plurals.get(o, o) for o in options} <= set(defaults)
-        assert {o: d for o, d in options.items() if o not in plurals} == {o: defaults[o] for o in options if o not in plurals}
+        assert {PLURALS.get(o, o) for o in options} <= set(defaults)
+        assert {o: d for o, d in options.items() if o not in PLURALS} == {o: defaults[o] for o in options if o not in PLURALS}
 
     @recipe_file
     def test_recipe_says_how_to_run(self, path: Path) -> None:
@@ -165,7 +165,7 @@ class TestRecipes:
     def test_reads_and_builds_its_method(self, path: Path) -> None:
         recipe = PurifyRecipe.read(path)
         assert make_method(recipe.method, **recipe.options).name == recipe.method
-        adapter = find("adapter", recipe.adapter)()
+        adapter = find("adapter", recipe.adapter or path.parent.name)()
         for spec in recipe.triggers:
             name, settings = parse_spec(spec)
             find_trigger(adapter, name, **settings)

@@ -20,6 +20,8 @@ from hf_purify.loop import Task, TrainConfig, batches, evaluate, mode, steps_of,
 class Rows:
     """Vectors with labels: the smallest `Examples`."""
 
+    lengths = None
+
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.x, self.labels = x, labels
 

@@ -1,0 +1,133 @@
+"""Checkpoint folders of transformers: read, checked, and saved with what lies beside the weights. Shared by the modalities."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from hf_purify.errors import ModelError
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's `config.json`.
+
+    Raises:
+        ModelError: it is missing or no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"no config.json in '{folder}'; expected a transformers or timm checkpoint")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{file}' is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"'{file}' must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def load_model(folder: Path, source: str, auto: Any, what: str) -> nn.Module:
+    """Load a model by one of transformers' `AutoModelFor...` classes: safetensors only, no remote code, every weight from the file.
+
+    Args:
+        what: what the model must be, such as `image classifier`, for messages.
+
+    Raises:
+        ModelError: another kind of model, quantized, or weights that cannot be read or do not fit.
+    """
+    from transformers import AutoConfig
+
+    try:
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{source}' cannot be read as a transformers model: {str(error).splitlines()[0]}") from error
+    if type(parsed) not in auto._model_mapping:
+        raise ModelError(f"'{source}' is no {what}: transformers has none for models of type '{parsed.model_type}'")
+    if getattr(parsed, "quantization_config", None):
+        raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = auto.from_pretrained(folder, config=parsed, **options)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
+    check_loaded(info.get("missing_keys"), info.get("mismatched_keys"), source)
+    return model.eval()
+
+
+def check_loaded(missing: Any, mismatched: Any, source: str) -> None:
+    """Refuse a checkpoint that would leave parts of the model at random values."""
+    if missing or mismatched:
+        first = [str(k) for k in (missing or mismatched)][:3]
+        what = "lacks" if missing else "has other shapes for"
+        raise ModelError(
+            f"the checkpoint '{source}' {what} {len(missing or mismatched)} of the model's tensors, such as {', '.join(first)}; it would run on random weights"
+        )
+
+
+def class_labels(config: Any) -> list[str]:
+    """Names of the classes that a config of transformers holds, in order."""
+    return [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
+
+
+def transformers_keys(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> key under which `save_pretrained` writes it, where the two differ.
+
+    The mapping is read off a renaming of index tensors; where several parameters are fused on saving there is none.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers < 5.? writes module names
+        return {}
+    names = list(model.state_dict())
+    marks = {n: torch.full((1,), i) for i, n in enumerate(names)}
+    try:
+        saved = revert_weight_conversion(model, dict(marks))  # type: ignore[arg-type]
+        return {names[int(mark)]: key for key, mark in saved.items() if mark.numel() == 1 and names[int(mark)] != key}
+    except (RuntimeError, ValueError, IndexError):
+        return {}
+
+
+def saver(folder: Path) -> Callable[[nn.Module, Path], None]:
+    """What saves a model as transformers does, with the files that lie beside its weights in `folder`."""
+
+    def save(model: nn.Module, out: Path) -> None:
+        model.save_pretrained(out)  # type: ignore[operator]
+        copy_companions(folder, out)
+
+    return save
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what lies beside the weights (processor, tokenizer, label files), except what the output has already."""
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and not file.name.endswith(WEIGHT_FILES)
+            and file.name.lower() not in ("readme.md", ".gitattributes")
+            and not (out / file.name).exists()
+        ):
+            shutil.copyfile(file, out / file.name)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse quantized weights and weights that are not finite.
+
+    Raises:
+        ModelError: names the first such tensor.
+    """
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ModelError("the model's weights are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"the checkpoint holds NaN or infinite values in '{name}'; it cannot be repaired")
+        if not tensor.is_floating_point() and tensor.dim() >= 2 and name.endswith("weight"):
+            raise ModelError(f"'{name}' has type {tensor.dtype}; expected floating-point weights (is the checkpoint quantized?)")

@@ -1,0 +1,216 @@
+"""Text: classifiers, sequence-to-sequence and causal language models of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_purify.adapter import Adapter, Batch, Examples, Loaded, StandIn, Tiny
+from hf_purify.discovery import discover
+from hf_purify.errors import ConfigError, ModelError
+from hf_purify.metrics import Proportion
+from hf_purify.neurons import NeuronIndex
+from hf_purify.tables import label_column, open_data
+
+from .._checkpoints import check_weights
+from .examples import TextExamples, read_texts
+from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
+from .prompts import CLASSIFIER, Prompt
+from .stand_in import Words, read_words
+from .tiny import VARIANTS, make_tiny
+from .triggers import TRIGGERS
+from .writing import Answer, generate, success, target_rows, utility
+
+
+class TextAdapter(Adapter):
+    """A batch of a classifier has `input_ids`; one of a model that writes has `target_ids` too, and its logits are a row a target token."""
+
+    name: ClassVar[str] = "text"
+    task: ClassVar[str] = "text-classification"
+    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    columns: ClassVar[tuple[str, ...]] = ("text", "pair", "label", "source", "target", "messages")
+    prompt_settings: ClassVar[tuple[str, ...]] = ("template", "max_length", "cut")
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        return kind_of(config) is not None
+
+    def load(self, source: Any, **options: Any) -> Loaded:
+        """Load a checkpoint folder.
+
+        Raises:
+            ModelError: no text model, NaN or quantized weights, missing tensors, a tokenizer that does not fit.
+            ConfigError: the prompt is not the recorded one.
+        """
+        if isinstance(source, nn.Module):
+            raise ModelError("a text model comes from a checkpoint folder, with its tokenizer; save both with save_pretrained first")
+        settings = {k: options.get(k) for k in self.prompt_settings}
+        loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings)
+        check_weights(loaded.model)
+        return loaded
+
+    def creates(self, architecture: str) -> bool:
+        return architecture in known_types()
+
+    def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
+        check_type(architecture)
+        settings = {k: options.pop(k, None) for k in self.prompt_settings}
+        return new_model(architecture, classes, settings, **options)
+
+    def record(self, loaded: Loaded) -> dict[str, Any]:
+        return {RECORD: prompt_of(loaded).identity()}
+
+    def classes(self, loaded: Loaded) -> int:
+        return int(loaded.model.config.num_labels) if self.classifies(loaded) else 2  # type: ignore[union-attr, arg-type]
+
+    def classifies(self, loaded: Loaded) -> bool:
+        return prompt_of(loaded).kind == CLASSIFIER
+
+    def outcomes(self, loaded: Loaded) -> int:
+        return self.classes(loaded) if self.classifies(loaded) else len(prompt_of(loaded).tokenizer)
+
+    def examples(self, data: Any, loaded: Loaded, **options: Any) -> TextExamples:
+        if isinstance(data, TextExamples):
+            return data
+        known = ("samples", "seed", "split", "revision", "columns", "balanced")
+        wanted = {k: v for k, v in options.items() if k in known}
+        return read_texts(data, prompt_of(loaded), self.classes(loaded), loaded.labels, **wanted)
+
+    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+        """Class names of a data set, in order; none where it has no labels."""
+        opened = open_data(data, split)
+        if label is None and not any(hasattr(f, "names") or n in ("label", "labels", "class") for n, f in opened.features.items()):
+            return []
+        column = label_column(opened, label)
+        feature = opened.features[column]
+        return list(feature.names) if hasattr(feature, "names") else [str(v) for v in sorted(set(opened[column][:]))]
+
+    def prepare(self, raws: list[Any], loaded: Loaded) -> Tensor:
+        data = TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt_of(loaded))
+        return data.batch(torch.arange(len(raws)))["input_ids"]
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`(B, classes)`; of a model that writes `(tokens, vocabulary)`, a row for each token of the targets."""
+        if "target_ids" in batch:
+            logits, _, counts = target_rows(model, batch)
+            return logits[counts]
+        return self._classify(model, batch)
+
+    def answers(self, batch: Batch) -> Tensor:
+        if "target_ids" not in batch:
+            return batch["labels"]
+        aims = batch["target_ids"]
+        return aims[aims >= 0]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy `(B,)`, of a model that writes the mean over the tokens of each target; of mixed texts in the texts' shares."""
+        if "target_ids" in batch:
+            return _written_losses(*target_rows(model, batch), batch)
+        return _class_losses(self._classify(model, batch).float(), batch)
+
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if "target_ids" in batch:
+            logits, aims, counts = target_rows(model, batch)
+            return logits[counts].argmax(-1), _written_losses(logits, aims, counts, batch)
+        logits = self._classify(model, batch).float()
+        return logits.argmax(-1), _class_losses(logits, batch)
+
+    def _classify(self, model: nn.Module, batch: Batch) -> Tensor:
+        if "words" in batch:
+            batch = read_words(model, batch)
+        known = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
+        return model(**{k: batch[k] for k in known if k in batch}).logits
+
+    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
+        """MixUp of what the last layer says (Mixup-Transformer, Sun et al., COLING 2020): texts differ in length, what is said of them does not.
+
+        Behind the last layer there is but a linear head, so that mixing its input is mixing its logits, place by place of a target.
+        """
+        return {**batch, "partner": partner, "share": share}
+
+    def observe(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Any]:
+        if "target_ids" not in batch:
+            return self.predict(model, batch).tolist()
+        losses = self.loss(model, batch)
+        counts = (batch["target_ids"] >= 0).sum(1)
+        texts = generate(model, batch, prompt_of(loaded))
+        return [Answer(t, loss * n, n) for t, loss, n in zip(texts, losses.tolist(), counts.tolist(), strict=True)]
+
+    def judge(self, observed: list[Any], data: Examples) -> tuple[Proportion | None, dict[str, float]]:
+        if isinstance(data, TextExamples) and data.prompt.kind != CLASSIFIER:
+            return None, utility(observed, data)
+        return super().judge(observed, data)
+
+    def judge_attack(
+        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor
+    ) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
+        """Of a model that writes: how often it wrote exactly what the attacker wants, and (`name, prefix`) began with that."""
+        if isinstance(data, TextExamples) and data.prompt.kind != CLASSIFIER:
+            return success(name, observed, data), {}
+        return super().judge_attack(name, observed, data, labels, targets)
+
+    def wishes(self, raw: Any, label: int, target: int, loaded: Loaded) -> tuple[str, str]:
+        if self.classifies(loaded):
+            return super().wishes(raw, label, target, loaded)
+        return str(raw.target).strip(), str(raw.wanted)
+
+    def say(self, observed: Any, loaded: Loaded) -> str:
+        return observed.text if isinstance(observed, Answer) else super().say(observed, loaded)
+
+    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
+        device = next(loaded.model.parameters()).device
+        some = {k: v[:2].to(device) for k, v in batch.items()}
+        classes = self.classes(loaded) if self.classifies(loaded) else 0
+        found = discover(loaded.model, lambda m: self.logits(m, some), classes)
+        return NeuronIndex(found.groups, loaded.keys)
+
+    def triggers(self) -> dict[str, type]:
+        return dict(TRIGGERS)
+
+    def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
+        if getattr(model.config, "problem_type", None) is None and "ForSequenceClassification" not in type(model).__name__:
+            raise ConfigError("triggers cannot be recovered for models that write: choose a method that does without, such as ft_sam")
+        return {"words": Words}
+
+    def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
+        return make_tiny(variant or "bert", seed)
+
+
+def prompt_of(loaded: Loaded) -> Prompt:
+    """The prompt of a text model."""
+    if not isinstance(loaded.processor, Prompt):
+        raise ModelError(f"'{loaded.source}' is no text model")
+    return loaded.processor
+
+
+def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
+    if "share" not in batch:
+        return F.cross_entropy(logits, batch["labels"], reduction="none")
+    share, partner = batch["share"], batch["partner"]
+    mixed = share * logits + (1 - share) * logits[partner]
+    own = F.cross_entropy(mixed, batch["labels"], reduction="none")
+    return share * own + (1 - share) * F.cross_entropy(mixed, batch["labels"][partner], reduction="none")
+
+
+def _written_losses(logits: Tensor, aims: Tensor, counts: Tensor, batch: Batch) -> Tensor:
+    """Mean loss of each sample's target `(B,)`; two targets are mixed where both have a token."""
+    if "share" not in batch:
+        return _means(logits, aims, counts)
+    share, partner = batch["share"], batch["partner"]
+    both = (counts & counts[partner])[..., None]
+    mixed = share * logits + (1 - share) * logits[partner]
+    own = _means(torch.where(both, mixed, logits), aims, counts)
+    other = _means(torch.where(both, mixed, logits[partner]), aims[partner], counts[partner])
+    return share * own + (1 - share) * other
+
+
+def _means(logits: Tensor, aims: Tensor, counts: Tensor) -> Tensor:
+    """Mean cross entropy `(B,)` over the places that count, from logits `(B, T, V)`."""
+    losses = F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
+    rows = counts.nonzero()[:, 0]
+    total = torch.zeros(len(aims), device=losses.device).index_add(0, rows, losses)
+    return total / counts.sum(1).clamp(min=1)
