@@ -164,7 +164,7 @@ class TextAdapter(Adapter):
     def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
         device = next(loaded.model.parameters()).device
         some = {k: v[:2].to(device) for k, v in batch.items()}
-        classes = self.classes(loaded) if self.classifies(loaded) else 0
+        classes = self.classes(loaded) if self.classifies(loaded) else None
         found = discover(loaded.model, lambda m: self.logits(m, some), classes)
         return NeuronIndex(found.groups, loaded.keys)
 

@@ -27,7 +27,7 @@ class Words(StandIn):
         self.scores = nn.Parameter(0.1 * torch.randn(len(classes), self.words, self.tokens, generator=generator))
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
-        return {**batch, "words": self.scores.index_select(0, which.to(self.scores.device)).softmax(-1)}
+        return {**batch, "words": self.scores.softmax(-1), "which": which}
 
     def size(self) -> Tensor:
         p = self.scores.softmax(-1)
@@ -44,13 +44,13 @@ class Words(StandIn):
 
 
 def read_words(model: nn.Module, batch: Batch) -> Batch:
-    """The batch as embeddings, with its `words` `(B, L, V)` after the first token of each text."""
+    """The batch as embeddings, with words `which[i]` of its `words` `(S, L, V)` after the first token of text `i`."""
     table = model.get_input_embeddings()  # type: ignore[operator]
-    words = batch["words"]
-    weight = table.weight[: words.shape[-1]]
+    weight = table.weight[: batch["words"].shape[-1]]
+    words = (batch["words"].to(weight) @ weight).index_select(0, batch["which"])
     text = table(batch["input_ids"])
-    embeds = torch.cat([text[:, :1], (words.to(weight) @ weight).to(text), text[:, 1:]], 1)
-    rest = {k: v for k, v in batch.items() if k not in ("input_ids", "words")}
+    embeds = torch.cat([text[:, :1], words.to(text), text[:, 1:]], 1)
+    rest = {k: v for k, v in batch.items() if k not in ("input_ids", "words", "which")}
     for key in ("attention_mask", "token_type_ids"):
         if key in rest:
             value = rest[key]
