@@ -9,18 +9,16 @@ A cell that is on disk is not run again. `HF_PURIFY_DATA` names the data; `--fol
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_purify.comparison import open_comparison
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import PurifyRecipe
-from hf_purify.registry import find, make_method, names
-from hf_purify.report import Row
+from hf_purify.registry import find, names
 
+from .. import cells
 from . import victims
 from .networks import CIFAR_CLASSES, PLAIN, load_cifar
 from .results import RESULTS, write
@@ -59,57 +57,6 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
     )
 
 
-def run(network: str, trigger: str, methods: list[str], seed: int, samples: int, folder: Path) -> None:
-    """Run the missing cells of one victim, all from the same weights."""
-    place = folder / "cells" / network / trigger
-    missing = [m for m in methods if not cell(place, m, seed, samples).exists()]
-    if not missing:
-        return
-    comparison = open_comparison(recipe_of(network, trigger, seed, samples, folder))
-    common = {"network": network, "trigger": trigger, "seed": seed, "samples": samples}
-    save(cell(place, "none", seed, samples), common | row_of(comparison.unrepaired))
-    for name in missing:
-        done = comparison.repair(make_method(name.partition("-")[0], **VARIANTS.get(name, {})))
-        save(cell(place, name, seed, samples), common | row_of(done.row) | {"method": name})
-
-
-def row_of(row: Row) -> dict[str, Any]:
-    """One row of a report's table as plain values."""
-    trigger = next(iter(row.asr))
-    return {
-        "method": row.name,
-        "kind": row.kind,
-        "clean_accuracy": row.clean_accuracy.to_dict() if row.clean_accuracy else None,
-        "asr": row.asr[trigger].to_dict(),
-        "robust_accuracy": row.robust_accuracy[trigger].to_dict(),
-        "der": row.der.get(trigger),
-        "seconds": row.seconds,
-        "notes": {k: v for k, v in row.notes.items() if isinstance(v, (int, float, str, bool))},
-    }
-
-
-def cell(place: Path, method: str, seed: int, samples: int) -> Path:
-    return place / f"{method}-n{samples}-s{seed}.json"
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a cell under another name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_suffix(".tmp")
-    work.write_text(json.dumps(content, indent=1), "utf-8")
-    os.replace(work, path)
-
-
-def collect(folder: Path) -> None:
-    """Join all cells on disk with those in `results.json` already; a cell that was run again wins."""
-    known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    cells = {tuple(c[k] for k in ("network", "trigger", "method", "seed", "samples")): c for c in known}
-    for path in sorted((folder / "cells").rglob("*.json")):
-        c = json.loads(path.read_text("utf-8"))
-        cells[tuple(c[k] for k in ("network", "trigger", "method", "seed", "samples"))] = c
-    RESULTS.write_text(json.dumps([cells[k] for k in sorted(cells)], indent=0) + "\n", "utf-8")
-
-
 def main() -> None:
     """Command line of the matrix."""
     everything = sorted(names("method"), key=lambda n: (not find("method", n).control, n == "nft", n))
@@ -127,10 +74,12 @@ def main() -> None:
             for network in chosen.networks.split(","):
                 for trigger in ["grid"] if network == WRN else chosen.triggers.split(","):
                     try:
-                        run(network, trigger, chosen.methods.split(","), seed, chosen.samples, chosen.folder)
+                        common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
+                        recipe = partial(recipe_of, network, trigger, seed, chosen.samples, chosen.folder)
+                        cells.run(recipe, chosen.folder / "cells" / network / trigger, common, chosen.methods.split(","), VARIANTS)
                     except NotAVictim as error:
                         log.warning("%s with %s: %s", network, trigger, error)
-    collect(chosen.folder)
+    cells.collect(chosen.folder / "cells", RESULTS)
     write()
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
+
+from ..cells import details, overview, put_between, summary
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).with_name("RESULTS.md")
-CLEAN = "none"
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- results -->", "<!-- /results -->"
 _README = """## Results
@@ -60,107 +58,7 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 
 
 def write() -> None:
-    """Write the page."""
+    """Write the page, and the table of the README."""
     cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    PAGE.write_text(_HEAD + summary(cells) + details(cells), "utf-8")
-    if README.is_file():
-        before, start, rest = README.read_text("utf-8").partition(START)
-        _, end, after = rest.partition(END)
-        if start and end:
-            README.write_text(before + start + "\n" + _README + "\n" + overview(cells) + _README_NOTE + end + after, "utf-8")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _spread(values: list[float]) -> str:
-    text = f"{100 * statistics.mean(values):.1f}"
-    return text + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
-    found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for c in cells:
-        found[tuple(c[k] for k in keys)].append(c)
-    return found
-
-
-def _unrepaired(cells: list[dict[str, Any]]) -> dict[tuple, float]:
-    """Clean accuracy by network and trigger."""
-    return {(c["network"], c["trigger"]): c["clean_accuracy"]["value"] for c in cells if c["method"] == "none"}
-
-
-def overview(cells: list[dict[str, Any]], samples: int = 500) -> str:
-    """Methods x networks: mean DER over triggers / points of clean accuracy lost."""
-    base = _unrepaired(cells)
-    attacked = [c for c in cells if c["method"] != "none" and c["trigger"] != CLEAN and c["samples"] == samples]
-    triggers = {network: len({c["trigger"] for c in mine}) for (network,), mine in _groups(attacked, "network").items()}
-    rows = []
-    for (method, kind), runs in _groups(attacked, "method", "kind").items():
-        mine = _groups(runs, "network")
-        texts = []
-        for network, all_triggers in triggers.items():
-            found = mine.get((network,), [])
-            if not found:
-                texts.append("-")
-                continue
-            lost = statistics.mean(base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in found)
-            count = len({c["trigger"] for c in found})
-            texts.append(
-                f"{_percent(statistics.mean(c['der'] for c in found))} / {_percent(lost)}{f' ({count})' if count < all_triggers else ''}"
-            )
-        name = f"{method}{' (control)' if kind == 'control' else ''}"
-        rows.append((kind == "control", -len(mine), -statistics.mean(c["der"] for c in runs), f"| {name} | {' | '.join(texts)} |\n"))
-    head = " | ".join(f"{network} ({count})" for network, count in triggers.items())
-    return f"| method | {head} |\n|---|{'---:|' * len(triggers)}\n" + "".join(row[-1] for row in sorted(rows))
-
-
-def summary(cells: list[dict[str, Any]]) -> str:
-    """One line per network and method: means over triggers, and the cost on the clean network."""
-    lines = ["\n## Summary\n"]
-    base = _unrepaired(cells)
-    for (network, samples), mine in _groups(cells, "network", "samples").items():
-        rows = []
-        for (method,), runs in _groups([c for c in mine if c["method"] != "none"], "method").items():
-            attacked = [c for c in runs if c["trigger"] != CLEAN]
-            clean = [c for c in runs if c["trigger"] == CLEAN]
-            if not attacked:
-                continue
-            lost = [base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in attacked]
-            cost = [base[network, CLEAN] - c["clean_accuracy"]["value"] for c in clean]
-            rows.append(
-                (
-                    statistics.mean(c["der"] for c in attacked),
-                    f"| {method}{' (control)' if runs[0]['kind'] == 'control' else ''} | {len({c['trigger'] for c in attacked})} | {_spread([c['der'] for c in attacked])} | "
-                    f"{_percent(min(c['der'] for c in attacked))} | {_spread([c['asr']['value'] for c in attacked])} | {_spread(lost)} | "
-                    f"{_spread(cost) if cost else '-'} | {statistics.mean(c['seconds'] for c in attacked):.0f} |\n",
-                )
-            )
-        if not rows:
-            continue
-        columns = "method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds"
-        lines.append(f"\n### {network}, {samples} images\n\n| {columns} |\n")
-        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(text for _, text in sorted(rows, reverse=True)))
-    return "".join(lines)
-
-
-def details(cells: list[dict[str, Any]]) -> str:
-    """Every network and trigger with all methods."""
-    lines = ["\n## Every cell\n"]
-    for (network, trigger, samples), mine in _groups(cells, "network", "trigger", "samples").items():
-        title = "no backdoor (ASR is that of BadNets on a clean network)" if trigger == CLEAN else trigger
-        lines.append(
-            f"\n### {network}, {title}, {samples} images\n\n| method | seeds | ACC | ASR | robust accuracy | DER |\n|---|---:|---:|---:|---:|---:|\n"
-        )
-        order = sorted(_groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", -statistics.mean(c["der"] or 0 for c in kv[1])))
-        for (method,), runs in order:
-            first = runs[0]
-            asr = f"{_spread([c['asr']['value'] for c in runs])}"
-            if len(runs) == 1:
-                asr += f" [{_percent(first['asr']['low'])}, {_percent(first['asr']['high'])}] (n={first['asr']['n']})"
-            der = _spread([c["der"] for c in runs]) if first["der"] is not None else "-"
-            kind = "" if first["kind"] == "method" else f" ({first['kind']})"
-            acc, robust = (_spread([c[k]["value"] for c in runs]) for k in ("clean_accuracy", "robust_accuracy"))
-            lines.append(f"| {method}{kind} | {len(runs)} | {acc} | {asr} | {robust} | {der} |\n")
-    return "".join(lines)
+    PAGE.write_text(_HEAD + summary(cells, "images") + details(cells, "images", "BadNets"), "utf-8")
+    put_between(README, START, END, _README + "\n" + overview(cells, 500) + _README_NOTE)

@@ -1,0 +1,200 @@
+"""Cells of a results matrix: one repair of one victim each, kept as JSON, run once, and joined into tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_purify.comparison import open_comparison
+from hf_purify.recipe import PurifyRecipe
+from hf_purify.registry import make_method
+from hf_purify.report import Row
+
+CLEAN = "none"  # the trigger of a network without a backdoor
+KEYS = ("network", "trigger", "method", "seed", "samples")
+
+
+def run(
+    recipe: Callable[[], PurifyRecipe],
+    place: Path,
+    common: Mapping[str, Any],
+    methods: Sequence[str],
+    variants: Mapping[str, dict[str, Any]],
+) -> None:
+    """Run the missing cells of one victim, all from the same weights.
+
+    Args:
+        recipe: makes the repair's recipe; asked only where a cell is missing.
+        place: folder of the victim's cells.
+        common: `network`, `trigger`, `seed` and `samples`.
+        variants: `METHOD-VARIANT`: settings that are not the defaults.
+    """
+    missing = [m for m in methods if not cell(place, m, common).exists()]
+    if not missing:
+        return
+    comparison = open_comparison(recipe())
+    save(cell(place, "none", common), {**common, **row_of(comparison.unrepaired)})
+    for name in missing:
+        done = comparison.repair(make_method(name.partition("-")[0], **variants.get(name, {})))
+        save(cell(place, name, common), {**common, **row_of(done.row), "method": name})
+
+
+def cell(place: Path, method: str, common: Mapping[str, Any]) -> Path:
+    return place / f"{method}-n{common['samples']}-s{common['seed']}.json"
+
+
+def row_of(row: Row) -> dict[str, Any]:
+    """One row of a report's table as plain values: of its first trigger, and what else is known of that."""
+    trigger, *others = row.asr
+    robust = row.robust_accuracy.get(trigger)
+    found = {
+        "method": row.name,
+        "kind": row.kind,
+        "clean_accuracy": row.clean_accuracy.to_dict() if row.clean_accuracy else None,
+        "asr": row.asr[trigger].to_dict(),
+        "robust_accuracy": robust.to_dict() if robust else None,
+        "der": row.der.get(trigger),
+        "seconds": row.seconds,
+        "notes": {k: v for k, v in row.notes.items() if isinstance(v, (int, float, str, bool))},
+    }
+    more = {name.removeprefix(f"{trigger}, "): row.asr[name].to_dict() for name in others}
+    return found | ({"utility": row.utility, "more": more} if row.utility else {})
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a cell under another name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_suffix(".tmp")
+    work.write_text(json.dumps(content, indent=1), "utf-8")
+    os.replace(work, path)
+
+
+def collect(folder: Path, results: Path) -> list[dict[str, Any]]:
+    """Join all cells below `folder` with those in `results` already; a cell that was run again wins."""
+    known = json.loads(results.read_text("utf-8")) if results.exists() else []
+    cells = {tuple(c[k] for k in KEYS): c for c in known}
+    for path in sorted(folder.rglob("*.json")):
+        c = json.loads(path.read_text("utf-8"))
+        cells[tuple(c[k] for k in KEYS)] = c
+    joined = [cells[k] for k in sorted(cells)]
+    results.write_text(json.dumps(joined, indent=0) + "\n", "utf-8")
+    return joined
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def spread(values: list[float]) -> str:
+    text = f"{100 * statistics.mean(values):.1f}"
+    return text + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for c in cells:
+        found[tuple(c[k] for k in keys)].append(c)
+    return found
+
+
+def unrepaired(cells: list[dict[str, Any]]) -> dict[tuple, float]:
+    """Clean accuracy by network and trigger."""
+    return {(c["network"], c["trigger"]): c["clean_accuracy"]["value"] for c in cells if c["method"] == "none"}
+
+
+def overview(cells: list[dict[str, Any]], samples: int) -> str:
+    """Methods x networks: mean DER over triggers / points of clean accuracy lost."""
+    base = unrepaired(cells)
+    attacked = [c for c in cells if c["method"] != "none" and c["trigger"] != CLEAN and c["samples"] == samples]
+    triggers = {network: len({c["trigger"] for c in mine}) for (network,), mine in groups(attacked, "network").items()}
+    rows = []
+    for (method, kind), runs in groups(attacked, "method", "kind").items():
+        mine = groups(runs, "network")
+        texts = []
+        for network, all_triggers in triggers.items():
+            found = mine.get((network,), [])
+            if not found:
+                texts.append("-")
+                continue
+            lost = statistics.mean(base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in found)
+            count = len({c["trigger"] for c in found})
+            texts.append(
+                f"{percent(statistics.mean(c['der'] for c in found))} / {percent(lost)}{f' ({count})' if count < all_triggers else ''}"
+            )
+        name = f"{method}{' (control)' if kind == 'control' else ''}"
+        rows.append((kind == "control", -len(mine), -statistics.mean(c["der"] for c in runs), f"| {name} | {' | '.join(texts)} |\n"))
+    head = " | ".join(f"{network} ({count})" for network, count in triggers.items())
+    return f"| method | {head} |\n|---|{'---:|' * len(triggers)}\n" + "".join(row[-1] for row in sorted(rows))
+
+
+def summary(cells: list[dict[str, Any]], unit: str) -> str:
+    """One line per network and method: means over triggers, and the cost on the clean network.
+
+    Args:
+        unit: of the samples, such as `images`.
+    """
+    lines = ["\n## Summary\n"]
+    base = unrepaired(cells)
+    for (network, samples), mine in groups(cells, "network", "samples").items():
+        rows = []
+        for (method,), runs in groups([c for c in mine if c["method"] != "none"], "method").items():
+            attacked = [c for c in runs if c["trigger"] != CLEAN]
+            clean = [c for c in runs if c["trigger"] == CLEAN]
+            if not attacked:
+                continue
+            lost = [base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in attacked]
+            cost = [base[network, CLEAN] - c["clean_accuracy"]["value"] for c in clean]
+            rows.append(
+                (
+                    statistics.mean(c["der"] for c in attacked),
+                    f"| {method}{' (control)' if runs[0]['kind'] == 'control' else ''} | {len({c['trigger'] for c in attacked})} | {spread([c['der'] for c in attacked])} | "
+                    f"{percent(min(c['der'] for c in attacked))} | {spread([c['asr']['value'] for c in attacked])} | {spread(lost)} | "
+                    f"{spread(cost) if cost else '-'} | {statistics.mean(c['seconds'] for c in attacked):.0f} |\n",
+                )
+            )
+        if not rows:
+            continue
+        columns = "method | triggers | mean DER | worst DER | mean ASR | points lost | lost on the clean network | seconds"
+        lines.append(f"\n### {network}, {samples} {unit}\n\n| {columns} |\n")
+        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|\n" + "".join(text for _, text in sorted(rows, reverse=True)))
+    return "".join(lines)
+
+
+def details(cells: list[dict[str, Any]], unit: str, untriggered: str) -> str:
+    """Every network and trigger with all methods.
+
+    Args:
+        untriggered: the trigger that a clean network's ASR is that of.
+    """
+    lines = ["\n## Every cell\n"]
+    for (network, trigger, samples), mine in groups(cells, "network", "trigger", "samples").items():
+        title = f"no backdoor (ASR is that of {untriggered} on a clean network)" if trigger == CLEAN else trigger
+        lines.append(
+            f"\n### {network}, {title}, {samples} {unit}\n\n| method | seeds | ACC | ASR | robust accuracy | DER |\n|---|---:|---:|---:|---:|---:|\n"
+        )
+        order = sorted(groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", -statistics.mean(c["der"] or 0 for c in kv[1])))
+        for (method,), runs in order:
+            first = runs[0]
+            asr = f"{spread([c['asr']['value'] for c in runs])}"
+            if len(runs) == 1:
+                asr += f" [{percent(first['asr']['low'])}, {percent(first['asr']['high'])}] (n={first['asr']['n']})"
+            der = spread([c["der"] for c in runs]) if first["der"] is not None else "-"
+            kind = "" if first["kind"] == "method" else f" ({first['kind']})"
+            acc, robust = (spread([c[k]["value"] for c in runs]) for k in ("clean_accuracy", "robust_accuracy"))
+            lines.append(f"| {method}{kind} | {len(runs)} | {acc} | {asr} | {robust} | {der} |\n")
+    return "".join(lines)
+
+
+def put_between(page: Path, start: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page, where it has them."""
+    if not page.is_file():
+        return
+    before, first, rest = page.read_text("utf-8").partition(start)
+    _, last, after = rest.partition(end)
+    if first and last:
+        page.write_text(before + start + "\n" + text + end + after, "utf-8")
