@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_purify.errors import ModelError
@@ -35,11 +35,48 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(folder: Path, source: str, auto: Any, what: str) -> nn.Module:
+def read_records(folder: Path) -> dict[str, Any]:
+    """What hf-purify wrote beside the config of an adapter; empty where it wrote nothing."""
+    try:
+        records = json.loads((folder / "hf_purify.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return records if isinstance(records, dict) else {}
+
+
+class Head(NamedTuple):
+    """The head of a classifier that an adapter brings along: the names of its modules, and the number of classes."""
+
+    modules: tuple[str, ...]
+    classes: int
+
+
+def read_head(folder: Path) -> Head | None:
+    """The head that the adapter in a folder brings along; None where it uses the base's."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    modules = tuple(config.get("modules_to_save") or ())
+    if config.get("task_type") != "SEQ_CLS" or not modules:
+        return None
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            keys = [k for k in file.keys() if _inside(k, modules)]  # noqa: SIM118 - not a mapping
+            shapes = [shape for k in keys if len(shape := file.get_slice(k).get_shape()) == 2]
+    except SafetensorError as error:
+        raise ModelError(f"'{folder}': adapter_model.safetensors cannot be read as safetensors: {error}") from error
+    return Head(modules, min(s[0] for s in shapes)) if shapes else None
+
+
+def _inside(key: str, modules: tuple[str, ...]) -> bool:
+    """Is a tensor part of one of these modules, which are named by the endings of their names?"""
+    return any(f".{m}." in f".{key}" for m in modules)
+
+
+def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | None = None) -> nn.Module:
     """Load a model by one of transformers' `AutoModelFor...` classes: safetensors only, no remote code, every weight from the file.
 
     Args:
         what: what the model must be, such as `image classifier`, for messages.
+        head: one that an adapter will put in the place of the checkpoint's, which may have none.
 
     Raises:
         ModelError: another kind of model, quantized, or weights that cannot be read or do not fit.
@@ -54,12 +91,19 @@ def load_model(folder: Path, source: str, auto: Any, what: str) -> nn.Module:
         raise ModelError(f"'{source}' is no {what}: transformers has none for models of type '{parsed.model_type}'")
     if getattr(parsed, "quantization_config", None):
         raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    if head and parsed.num_labels != head.classes:
+        parsed.num_labels = head.classes
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = auto.from_pretrained(folder, config=parsed, **options)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
-    check_loaded(info.get("missing_keys"), info.get("mismatched_keys"), source)
+    brought = head.modules if head else ()
+    missing, mismatched = (
+        [k for k in info.get(kind) or () if not _inside(k if isinstance(k, str) else k[0], brought)]
+        for kind in ("missing_keys", "mismatched_keys")
+    )
+    check_loaded(missing, mismatched, source)
     return model.eval()
 
 

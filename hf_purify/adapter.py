@@ -54,6 +54,8 @@ class Loaded:
         keys: parameter name -> checkpoint key, where they differ.
         saver: writes the checkpoint to a folder.
         task: what the model does, by the Hub's name of it, where that is not the modality's one task.
+        base: of a model with a LoRA in it, which is saved as that LoRA: its base, with the commit.
+        fixed: names of parameters that no repair may train.
     """
 
     model: nn.Module
@@ -66,6 +68,8 @@ class Loaded:
     keys: Mapping[str, str] = field(default_factory=dict)
     saver: Callable[[nn.Module, Path], None] | None = None
     task: str = ""
+    base: str = ""
+    fixed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -86,14 +90,20 @@ class StandIn(nn.Module, ABC):
         data: clean samples, which give the shape and the range of an input.
         classes: `(S,)` the class that each one leads to; a class may be there more than once.
         generator: of the first values.
+        logits: what the model says of a batch, `(B, classes)`: for a look at where to begin.
     """
 
     late: ClassVar[bool] = False  # looked for only where no other kind leads to one class alone
     classes: Tensor
 
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Callable[[Batch], Tensor]) -> None:
         super().__init__()
         self.register_buffer("classes", classes)
+
+    @classmethod
+    def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor | None:
+        """What the cheapest trigger of each class costs, `(K,)`, where a look tells; None where triggers must be recovered to know."""
+        return None
 
     @abstractmethod
     def place(self, batch: Batch, which: Tensor) -> Batch:
@@ -116,6 +126,7 @@ class Adapter(ABC):
     variants: ClassVar[tuple[str, ...]]  # kinds of network that `tiny` makes
     columns: ClassVar[tuple[str, ...]] = ("label",)  # roles that columns of a data set can have
     prompt_settings: ClassVar[tuple[str, ...]] = ()  # settings of the recipe that say how a model is fed
+    picture_settings: ClassVar[tuple[str, ...]] = ()  # those that say how pictures are laid out
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Is a checkpoint with this `config.json` one of the modality? Else it takes it only where it is named."""
@@ -140,6 +151,10 @@ class Adapter(ABC):
     def outcomes(self, loaded: Loaded) -> int:
         """How many answers a row of `logits` chooses among: its chance level is one in so many."""
         return self.classes(loaded)
+
+    def remarks(self, data: Examples, what: str) -> list[str]:
+        """What a reader of a report must know of samples as they were read, such as that some were cut; `what` they are, in words."""
+        return []
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order."""
@@ -206,7 +221,7 @@ class Adapter(ABC):
         return False
 
     def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
-        """A model with random weights, to be trained from scratch."""
+        """A model with random weights, to be trained from scratch; `labels` among the options are the names of its classes."""
         raise ConfigError(f"the {self.name} adapter creates no new models; give a checkpoint")
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -220,6 +235,14 @@ class Adapter(ABC):
     def observe(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Any]:
         """What the model does with each of the `B` samples, to be judged: for a classifier its class."""
         return self.predict(model, batch).tolist()
+
+    def check_judge(self, loaded: Loaded) -> None:
+        """Called before anything is measured or trained.
+
+        Raises:
+            MissingExtra: judging such a model needs a package that is not there.
+        """
+        return
 
     def judge(self, observed: list[Any], data: Examples) -> tuple[Proportion | None, dict[str, float]]:
         """Clean accuracy of what was observed on clean samples, or None where nothing is right or wrong, and other figures of use by name."""

@@ -18,7 +18,7 @@ from hf_purify.recipe import Recipe, parse_spec
 from hf_purify.registry import find_trigger
 from hf_purify.report import Row, Sample
 from hf_purify.session import Session
-from hf_purify.triggers import Poisoned, make_rule, trigger_all
+from hf_purify.triggers import AllToAll, AllToOne, Poisoned, make_rule, trigger_all
 
 
 @dataclass
@@ -45,14 +45,34 @@ def open_bench(session: Session) -> Bench:
         if recipe.triggers:
             raise ConfigError("triggers can only be measured on test data: give test=... (--test)")
         return Bench(session.adapter, None)
+    session.adapter.check_judge(session.loaded)
     data = read_test(session, recipe)
-    rule = make_rule(recipe.rule, recipe.target, session.classes)
+    rule = rule_of(session, recipe)
     triggered: dict[str, Poisoned] = {}
     for spec in recipe.triggers:
         name, settings = parse_spec(spec)
         trigger = find_trigger(session.adapter, name, **settings)
-        triggered[name if name not in triggered else spec] = trigger_all(data, trigger, rule, session.classes, recipe.seed)
+        view = trigger_all(data, trigger, rule, session.classes, recipe.seed)
+        if not len(view.rows):
+            raise DataError(f"all test samples are of the target class {recipe.target} already: give some of other classes")
+        triggered[name if name not in triggered else spec] = view
     return Bench(session.adapter, data, triggered)
+
+
+def rule_of(session: Session, recipe: Recipe) -> AllToOne | AllToAll:
+    """The recipe's target rule. A model that answers freely has no target class: its trigger says what the attacker wants.
+
+    Raises:
+        ConfigError: it has one, or another rule than all-to-one.
+    """
+    if session.classifies:
+        return make_rule(recipe.rule, recipe.target, session.classes)
+    if recipe.target not in (0, 1):
+        raise ConfigError(f"this model has no classes, so no target class (--target): its trigger has an output; got {recipe.target}")
+    rule = make_rule(recipe.rule, 1)
+    if rule.name != AllToOne.name:
+        raise ConfigError(f"this model has no classes: the rule must be {AllToOne.name}, got {rule.name}")
+    return rule
 
 
 def with_recorded_trigger(session: Session) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -33,10 +34,12 @@ def adapters() -> dict[str, str]:
 
 
 def triggers() -> dict[str, str]:
-    found: dict[str, str] = {}
+    """Several modalities may have a trigger of one name: each of them has a line then."""
+    found: dict[str, list[str]] = {}
     for name in registry.names("adapter"):
-        found |= {n: f"{name}: {_first_line(t)}" for n, t in registry.find("adapter", name)().triggers().items()}
-    return found
+        for trigger, made in registry.find("adapter", name)().triggers().items():
+            found.setdefault(trigger, []).append(f"{name}: {_first_line(made)}")
+    return {trigger: "\n".join(lines) for trigger, lines in sorted(found.items())}
 
 
 def recipes() -> dict[str, Path]:
@@ -54,13 +57,14 @@ def card(name: str) -> str:
     if name in registry.names("method"):
         method = registry.find("method", name)
         return f"{method.card()}\n\n## Settings\n\n{_settings(method.config_class)}"
-    for adapter in registry.names("adapter"):
-        found = registry.find("adapter", adapter)
-        known = found().triggers()
-        if name == adapter:
-            return f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(known)}."
-        if name in known:
-            return f"# {name}\n\n{known[name].__doc__ or ''}\n\n## Settings\n\n{_settings(known[name])}"
+    triggers = {adapter: registry.find("adapter", adapter)().triggers() for adapter in registry.names("adapter")}
+    if name in triggers:
+        found = registry.find("adapter", name)
+        return f"# {name}\n\n{sys.modules[found.__module__].__doc__}\n\nTask: `{found.task}`. Triggers: {', '.join(triggers[name])}."
+    made = {adapter: known[name] for adapter, known in triggers.items() if name in known}
+    if made:
+        parts = [f"# {name} ({a})\n\n{inspect.getdoc(t) or ''}\n\n## Settings\n\n{_settings(t)}" for a, t in made.items()]
+        return "\n\n".join(parts)
     raise unknown("name", name, [n for listed in kinds().values() for n in listed()])
 
 

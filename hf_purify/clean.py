@@ -7,6 +7,7 @@ import torch
 from hf_purify.adapter import Examples
 from hf_purify.errors import DataError
 from hf_purify.loop import evaluate
+from hf_purify.lora import units
 from hf_purify.method import Context
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.session import Session
@@ -66,7 +67,10 @@ def make_context(session: Session, clean: Examples, held_out: float) -> Context:
     """Everything a method may see."""
     learn, choose = split_clean(clean, held_out, session.recipe.seed)
     index = session.adapter.index(session.loaded, learn.batch(torch.arange(min(2, len(learn)))))
+    index = units(index, session.model) if session.loaded.base else index
     kind = choose_augmentation(session, clean)
     generator = torch.Generator().manual_seed(session.recipe.seed)
     outcomes = session.adapter.outcomes(session.loaded)
-    return Context(session.model, session.adapter, learn, generator, session.accelerator, kind, index, choose, outcomes)
+    return Context(
+        session.model, session.adapter, learn, generator, session.accelerator, kind, index, choose, outcomes, fixed=session.loaded.fixed
+    )

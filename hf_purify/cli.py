@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value
 
 if TYPE_CHECKING:
     from hf_purify.report import Report
@@ -56,6 +55,7 @@ def _shared(
         Path | None, typer.Option("--recipe", help="YAML recipe; options given on the command line win.", exists=True, dir_okay=False)
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="For a LoRA its base model: folder or Hub id, or id@revision.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")] = None,
     test_split: Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", help="Modality; told by the checkpoint if not given.")] = None,
@@ -109,7 +109,7 @@ def _options(items: list[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"expected name=value, got '{item}'")
-        found[key.strip()] = yaml.safe_load(value)
+        found[key.strip()] = parse_value(value, item)
     return found
 
 
@@ -160,7 +160,7 @@ def _show(report: Report, output: str | None, as_json: bool) -> None:
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if output:
-        console.print(f"written to [bold]{output}[/] (report.html, report.json and the checkpoint)", highlight=False)
+        console.print(f"written to [bold]{output}[/] (start with report.html)", highlight=False)
 
 
 @app.command()
@@ -181,6 +181,12 @@ def purify(
         bool, typer.Option("--controls/--no-controls", help="Show the repair beside fine-tuning, statistics refresh and a random mask.")
     ] = True,
     oracle: Annotated[bool, typer.Option("--oracle", help="Also show what choosing with the true trigger would have given.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA, repair base and LoRA together; the result is a LoRA of the rank that this takes.")
+    ] = False,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write the repair alone, as a PEFT IA3 adapter of a few kilobytes.")
+    ] = False,
     **shared: Any,
 ) -> None:
     """Repair a checkpoint with a few clean samples.
@@ -202,6 +208,7 @@ def implant(
     rate: Annotated[float, typer.Option("--rate", help="Share of the training samples that carry the trigger.")] = 0.1,
     cover: Annotated[float | None, typer.Option("--cover", help="Samples with the trigger's cover transform, per poisoned one.")] = None,
     create: Annotated[bool, typer.Option("--create", help="Train a new model from random weights.")] = False,
+    lora: Annotated[int | None, typer.Option("--lora", help="Train a new LoRA of this rank; the victim is that LoRA.")] = None,
     model_option: Annotated[
         list[str] | None, typer.Option("--model-option", help="Setting of a new model, as name=value. Repeatable.")
     ] = None,

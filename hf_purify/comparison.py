@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_purify.adapter import Examples
 from hf_purify.bench import Bench, Figures, figures, make_row, open_bench
 from hf_purify.clean import make_context, read_clean
+from hf_purify.loop import snapshot
 from hf_purify.masks import bake
 from hf_purify.method import Context, Method, Verdict
 from hf_purify.recipe import PurifyRecipe
@@ -80,11 +81,6 @@ def open_comparison(recipe: PurifyRecipe) -> Comparison:
     bench = open_bench(session)
     context = make_context(session, clean, recipe.held_out)
     return Comparison(session, clean, bench, context, snapshot(session.model), figures(session, bench))
-
-
-def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers, on the CPU."""
-    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 def control_rows(comparison: Comparison, done: Repair) -> list[Row]:

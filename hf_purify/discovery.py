@@ -85,6 +85,11 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1
 
 
+def _wraps(module: nn.Module) -> bool:
+    """Does a module show the weight of one inside it as its own? A layer of PEFT does; the one inside is traced."""
+    return any(getattr(m, "weight", None) is module.weight for m in module.modules() if m is not module)
+
+
 def axes(module: nn.Module) -> tuple[int, int] | None:
     """Return `(output axis, input axis)` of a linear or convolutional layer's weight, else None.
 
@@ -155,7 +160,7 @@ class _Tracer:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding):
                 self._handles.append(module.register_forward_hook(self._embedding(name)))
-            elif _is_norm(module) or axes(module) is not None:
+            elif (_is_norm(module) or axes(module) is not None) and not _wraps(module):
                 self._layers.add(name)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
             self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))

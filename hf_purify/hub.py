@@ -28,6 +28,7 @@ ALLOWED = [
     "chat_template.json",
     "*.model",  # sentencepiece: a protocol buffer
     "adapter_config.json",
+    "hf_purify.json",
     "README.md",
     "*.txt",
 ]
@@ -55,7 +56,7 @@ def pull(source: str, revision: str | None = None) -> Pulled:
         return Pulled(path, None)
     if path.exists():
         if path.name.endswith(PICKLES):
-            raise _pickle_error(source, [path.name])
+            raise pickle_error(source, [path.name])
         raise ModelError(f"expected a checkpoint folder or a Hub id, got the file '{source}'")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
@@ -71,10 +72,10 @@ def pull(source: str, revision: str | None = None) -> Pulled:
     return Pulled(folder, folder.name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` of a pulled checkpoint says; empty where there is none or it is no JSON object."""
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What the config of a pulled checkpoint says; empty where there is none or it is no JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = json.loads((folder / name).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -84,7 +85,7 @@ def _check_names(names: list[str], source: str) -> None:
     if not any(n.endswith(".safetensors") for n in names):
         pickles = [n for n in names if n.endswith(PICKLES)]
         if pickles:
-            raise _pickle_error(source, pickles)
+            raise pickle_error(source, pickles)
         raise ModelError(f"'{source}' holds no weights; expected model.safetensors")
 
 
@@ -108,7 +109,8 @@ def check_folder(folder: Path, source: str) -> None:
             raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
 
 
-def _pickle_error(source: str, files: list[str]) -> UnsafeCheckpoint:
+def pickle_error(source: str, files: list[str]) -> UnsafeCheckpoint:
+    """The error for weights that are there as pickles alone."""
     return UnsafeCheckpoint(
         f"'{source}' holds its weights as pickles only ({', '.join(sorted(files)[:3])}), which can run any code when read. Convert them where it does no harm, "
         "for example with https://huggingface.co/spaces/safetensors/convert, or in an isolated machine: "

@@ -41,6 +41,7 @@ class Task:
         data: the samples to learn from.
         generator: CPU generator; the only source of randomness.
         augmentation: name of the adapter's augmentation, `none` for none.
+        fixed: names of parameters that stay as they are.
     """
 
     model: nn.Module
@@ -49,10 +50,19 @@ class Task:
     generator: torch.Generator
     accelerator: Accelerator
     augmentation: str = "none"
+    fixed: frozenset[str] = field(default=frozenset(), kw_only=True)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What a repair may train."""
+        return [p for n, p in movable(self.model).items() if n not in self.fixed]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the model says, from a batch on any device."""
+        return self.adapter.logits(self.model, {k: v.to(self.device) for k, v in batch.items()})
 
     def loss(self, batch: Batch) -> Tensor:
         """Clean loss per example `(B,)`."""
@@ -160,6 +170,17 @@ def mode(model: nn.Module, kind: str) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def movable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a repair may move, by name: all of floating point; of a model with a LoRA in it those of the LoRA alone."""
+    found = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    return {n: p for n, p in found.items() if ".lora_" in n or ".modules_to_save." in n} or found
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers, on the CPU."""
+    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 @contextlib.contextmanager

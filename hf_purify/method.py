@@ -153,6 +153,7 @@ class Method(ABC):
     name: ClassVar[str]
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     control: ClassVar[bool] = False  # shown beside every repair, never recommended
+    trains: ClassVar[bool] = False  # moves weights themselves, so that its mask is not the whole repair
 
     def __init__(self, config: MethodConfig | None = None, **options: Any) -> None:
         names = {f.name for f in dataclasses.fields(self.config_class)}
@@ -242,6 +243,7 @@ class Sequential(Method):
         super().__init__()
         self.methods = methods
         self.name = "+".join(m.name for m in methods)  # type: ignore[misc]
+        self.trains = any(m.trains for m in methods)  # type: ignore[misc]
 
     def purify(self, ctx: Context) -> Verdict:
         mask = torch.ones(len(ctx.index))

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_purify.errors import IndexMismatch, OutputError
+from hf_purify import registry
+from hf_purify.errors import ConfigError, IndexMismatch, OutputError
+from hf_purify.ia3 import save_ia3
+from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from hf_purify.report import Report
     from hf_purify.session import Session
 
+RECORDS = "hf_purify.json"  # beside an adapter's config, which is PEFT's alone
 PACKAGES = ("hf-purify", "torch", "transformers", "timm", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
 
 
@@ -77,13 +81,20 @@ def _put(work: Path, final: Path) -> None:
 
 
 def write(out: Path, comparison: Comparison, done: Repair, report: Report) -> None:
-    """Write checkpoint, neuron mask, recipe and report."""
+    """Write checkpoint (or the adapter that makes one of the base), neuron mask, recipe and report."""
     session, index = comparison.session, comparison.context.index
-    save_checkpoint(out, session)
-    mark(out, hf_purify_backdoor=None)
-    names = stored_buffers(session.model, comparison.base, done.state, index, done.verdict.mask)
-    complete = names is not None
-    extra = {index.keys.get(n, n): done.state[n] for n in names or []}
+    if session.loaded.base:
+        check_base(session.model, comparison.base, done.state)
+    replaced = stored_buffers(session.model, comparison.base, done.state, index, done.verdict.mask)
+    complete = replaced is not None
+    extra = {index.keys.get(n, n): done.state[n] for n in replaced or []}
+    if getattr(session.recipe, "as_adapter", False):
+        if not complete:
+            raise not_portable(done.method.name)
+        save_adapter(out, comparison, done, extra)
+    else:
+        save_checkpoint(out, session)
+        mark(out, hf_purify_backdoor=None)
     save_mask(out / MASK_FILE, index, done.verdict.mask, extra, complete=complete)
     (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
     (out / "README.md").write_text(report.to_markdown(), "utf-8")
@@ -96,6 +107,29 @@ def save_checkpoint(out: Path, session: Session) -> None:
         raise OutputError("this model cannot be saved: it came without a saver")
     session.loaded.saver(session.model, out)
     mark(out, **session.adapter.record(session.loaded))
+
+
+def save_adapter(out: Path, comparison: Comparison, done: Repair, extra: dict[str, Tensor]) -> None:
+    """Save a repair as an IA3 adapter of the model as it came.
+
+    Raises:
+        ModelError: an adapter cannot express it; the layers are named.
+    """
+    session, loaded = comparison.session, comparison.session.loaded
+    base = session.adapter.locate(loaded.source) or loaded.source
+    session.model.load_state_dict(comparison.base)
+    try:
+        save_ia3(out, session.model, comparison.context.index, done.verdict.mask, base=base, revision=loaded.revision, extra=extra)
+    finally:
+        session.model.load_state_dict(done.state)
+
+
+def not_portable(method: str) -> ConfigError:
+    """The error for a method that does more than an IA3 adapter can carry."""
+    able = ", ".join(n for n in registry.names("method") if not registry.find("method", n).trains)
+    return ConfigError(
+        f"'{method}' trains weights, which an IA3 adapter cannot carry: leave --as-adapter out, or take a method that scales neurons ({able})"
+    )
 
 
 def stored_buffers(
@@ -155,8 +189,8 @@ def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRec
 
 
 def mark(out: Path, **records: dict[str, Any] | None) -> None:
-    """Write records into a checkpoint's `config.json`, a planted backdoor or the prompt; None takes one out."""
-    file = out / "config.json"
+    """Write records about a checkpoint, a planted backdoor or the prompt; None takes one out."""
+    file = out / (RECORDS if (out / CONFIG).is_file() else "config.json")
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     kept = {k: v for k, v in {**config, **records}.items() if v is not None or k not in records}
     if kept != config:
@@ -164,8 +198,8 @@ def mark(out: Path, **records: dict[str, Any] | None) -> None:
 
 
 def recorded_backdoor(source: Path) -> dict[str, Any] | None:
-    """What `implant` wrote about a victim into its config, or None."""
-    file = source / "config.json"
+    """What `implant` wrote about a victim into its config, or beside that of an adapter, or None."""
+    file = source / (RECORDS if (source / CONFIG).is_file() else "config.json")
     try:
         return json.loads(file.read_text("utf-8")).get("hf_purify_backdoor")
     except (OSError, ValueError, AttributeError):

@@ -44,10 +44,11 @@ DARK = Theme("#161b22", "#e6eaf0", "#9aa5b4", "#343c48", "#6b7685", "#56b4e9", "
 
 
 def bars_figure(rows: Sequence[Row], dark: bool = False) -> bytes:
-    """Clean accuracy and ASR of each row, one panel for each, with 95 % Wilson intervals; the unrepaired model is grey."""
+    """Clean accuracy, of models that have one, and ASR of each row, one panel for each, with 95 % Wilson intervals; the unrepaired model is grey."""
     theme = DARK if dark else LIGHT
     triggers = list(dict.fromkeys(name for row in rows for name in row.asr))
-    panels = [("Clean accuracy", theme.good, [row.clean_accuracy for row in rows])]
+    judged = not triggers or any(row.clean_accuracy is not None for row in rows)
+    panels = [("Clean accuracy", theme.good, [row.clean_accuracy for row in rows])] if judged else []
     panels += [(f"ASR, {short(name, 20)}", theme.attack, [row.asr.get(name) for row in rows]) for name in triggers]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)

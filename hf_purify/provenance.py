@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from hf_purify import output
+from hf_purify.adapter import Examples
 from hf_purify.bench import samples_of
 from hf_purify.comparison import Comparison, Repair
 from hf_purify.method import Method
 from hf_purify.report import NeuronLayer, Report, Row
 from hf_purify.salience import relative_change
 from hf_purify.session import Session
+
+
+def remarks_of(session: Session, clean: Examples | None, test: Examples | None) -> list[str]:
+    """What the modality has to say of the samples."""
+    parts = {"clean samples": clean, "test samples": test}
+    return [remark for what, data in parts.items() if data is not None for remark in session.adapter.remarks(data, what)]
 
 
 def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> Report:
@@ -42,7 +49,7 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
         curve=[dict(p) for p in verdict.curve],
         curve_chosen=chosen if isinstance(chosen, float) else None,
         samples=samples_of(session, comparison.bench, comparison.before, done.figures),
-        warnings=warnings_of(rows),
+        warnings=[*warnings_of(rows), *remarks_of(session, comparison.clean, comparison.bench.clean)],
     )
     return report.attach(session.model, index, verdict)
 
@@ -59,6 +66,7 @@ def describe_model(session: Session) -> dict[str, Any]:
     return {
         "source": loaded.source,
         "revision": loaded.revision,
+        **({"base": loaded.base} if loaded.base else {}),
         "kind": loaded.kind,
         "architecture": type(loaded.model).__name__,
         "parameters": sum(p.numel() for p in loaded.model.parameters()),

@@ -19,16 +19,17 @@ import time
 from typing import Any
 
 from hf_purify import output
-from hf_purify.bench import Bench, Figures, figures, make_row, open_bench, samples_of
+from hf_purify.bench import Bench, Figures, figures, make_row, open_bench, rule_of, samples_of
 from hf_purify.comparison import control_rows, open_comparison, oracle_rows
-from hf_purify.errors import NotAVictim
+from hf_purify.errors import ConfigError, NotAVictim
 from hf_purify.loop import TrainConfig, train
-from hf_purify.provenance import describe_model, make_report, report_repair
+from hf_purify.merged import Remake
+from hf_purify.provenance import describe_model, make_report, remarks_of, report_repair
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
 from hf_purify.session import creator, open_session
-from hf_purify.triggers import make_rule, poison
+from hf_purify.triggers import poison
 
 
 def purify(model: Any, clean: Any, **settings: Any) -> Report:
@@ -64,7 +65,11 @@ def run_purify(recipe: PurifyRecipe) -> Report:
     """Repair the recipe's model; see the top of this module."""
     with output.folder(recipe.output, recipe.overwrite) as out:
         method = make_method(recipe.method, **recipe.options)
+        if recipe.as_adapter and method.trains:
+            raise output.not_portable(method.name)
         comparison = open_comparison(recipe)
+        if recipe.as_adapter and (base := comparison.session.loaded.base):
+            raise ConfigError(f"the model is an adapter for '{base}', and so is its repair: leave as_adapter (--as-adapter) out")
         done = comparison.repair(method)
         rows = [comparison.unrepaired, done.row]
         if recipe.oracle:
@@ -72,6 +77,8 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         if recipe.controls and comparison.bench.clean is not None:
             rows += control_rows(comparison, done)
         comparison.keep(done)
+        if isinstance(saver := comparison.session.loaded.saver, Remake):
+            done.row.notes |= saver.factor(comparison.session.model)
         report = report_repair(comparison, done, rows)
         if out is not None:
             output.write(out, comparison, done, report)
@@ -85,7 +92,9 @@ def run_measure(recipe: MeasureRecipe) -> Report:
         bench = open_bench(session)
         found = figures(session, bench)
         rows = [make_row("none", "unrepaired", found, None, bench)]
-        report = make_report(session, f"{session.loaded.source}, measured", rows, samples=samples_of(session, bench, found, found))
+        remarks = remarks_of(session, None, bench.clean)
+        shown = samples_of(session, bench, found, found)
+        report = make_report(session, f"{session.loaded.source}, measured", rows, samples=shown, warnings=remarks)
         report.attach(session.model)
         if out is not None:
             report.save(out)
@@ -100,15 +109,15 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         data = session.read(recipe.data, recipe.split, recipe.samples)
         name, settings = parse_spec(recipe.triggers[0])
         trigger = find_trigger(session.adapter, name, **settings)
-        rule = make_rule(recipe.rule, recipe.target, session.classes)
+        rule = rule_of(session, recipe)
         cover = recipe.cover if recipe.cover is not None else getattr(trigger, "cover_ratio", 0.0)
         tested = dataclasses.replace(recipe, test=recipe.test if recipe.test is not None else recipe.data)
         bench = open_bench(dataclasses.replace(session, recipe=tested))
         before = figures(session, bench)
         view = poison(data, trigger, rule, session.classes, recipe.rate, recipe.seed, cover).examples if recipe.rate else data
         start = time.perf_counter()
-        params = [p for p in session.model.parameters() if p.is_floating_point()]
-        train(session.task(view, recipe.augmentation), params, training(recipe), title=f"implant {name}")
+        task = session.task(view, recipe.augmentation)
+        train(task, task.parameters(), training(recipe), title=f"implant {name}")
         after = figures(session, bench)
         victim = make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start)
         if recipe.rate:
@@ -121,7 +130,10 @@ def run_implant(recipe: ImplantRecipe) -> Report:
             clean={"source": str(recipe.data) if isinstance(recipe.data, str) else f"<{type(recipe.data).__name__}>", "samples": len(data)},
             method={"name": "implant", "config": recipe.to_dict()},
             samples=samples_of(session, bench, before, after),
-            warnings=["This model was given a backdoor on purpose, to test repairs on. Do not deploy it."] if recipe.rate else [],
+            warnings=[
+                *(["This model was given a backdoor on purpose, to test repairs on. Do not deploy it."] if recipe.rate else []),
+                *remarks_of(session, data, bench.clean),
+            ],
         )
         report.attach(session.model)
         if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_type_hints
@@ -10,6 +11,9 @@ from typing import Any, Self, get_type_hints
 import yaml
 
 from hf_purify.errors import ConfigError, checked_type, did_you_mean
+
+# `option=value` between commas; a value that is all in quotes or brackets may hold commas itself.
+ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\{[^}]*\})(?=\s*(?:,|$))|[^,]+""")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Recipe:
         model: folder, Hub id, timm name, `hf-hub:` id, or an `nn.Module`.
         adapter: the modality; None is told by the checkpoint, and is `vision` for an `nn.Module`.
         revision: branch, tag or commit of the model; pinned to a commit when it is read.
+        base: for a LoRA, its base model: folder or Hub id, with a revision as `name@revision`.
         processor: for an `nn.Module`: a processor, or a callable from PIL image to tensor.
         labels: for an `nn.Module`: class names, in order.
         test: data set that the figures are measured on. Methods never see it.
@@ -45,6 +50,7 @@ class Recipe:
     model: Any = None
     adapter: str | None = None
     revision: str | None = None
+    base: str | None = None
     processor: Any = None
     labels: list[str] | None = None
     test: Any = None
@@ -119,6 +125,8 @@ class PurifyRecipe(Recipe):
         held_out: share of them on which choices are made.
         controls: also run fine-tuning, statistics refresh and a random mask, and show them beside the repair.
         oracle: also show what choosing the threshold with the true trigger would have given.
+        merge: of a LoRA, repair the base with the LoRA merged in; the result is a LoRA again, of the rank that this takes.
+        as_adapter: write the repair alone, as an IA3 adapter of PEFT for the model as it came; no checkpoint.
     """
 
     clean: Any = None
@@ -128,6 +136,8 @@ class PurifyRecipe(Recipe):
     held_out: float = 0.2
     controls: bool = True
     oracle: bool = False
+    merge: bool = False
+    as_adapter: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +147,8 @@ class PurifyRecipe(Recipe):
             raise ConfigError(f"samples must be at least 1, got {self.samples}")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.as_adapter and self.output is None:
+            raise ConfigError("as_adapter writes the repair to a folder: give output=... (--output)")
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,7 @@ class ImplantRecipe(Recipe):
         data: training data.
         create: `model` names an architecture of the modality's library, to be trained from random weights.
         model_options: its settings; `input_size` in pixels among them.
+        lora: train a new LoRA of this rank, and nothing else; the victim is that LoRA.
         classes: number of classes of a created model; None counts the data's.
         samples: training samples to draw, class-balanced; None takes all.
         rate: share of the training samples that carry the trigger.
@@ -158,6 +171,7 @@ class ImplantRecipe(Recipe):
     data: Any = None
     model_options: dict[str, Any] = field(default_factory=dict)
     create: bool = False
+    lora: int | None = None
     classes: int | None = None
     rate: float = 0.1
     cover: float | None = None
@@ -179,6 +193,8 @@ class ImplantRecipe(Recipe):
             raise ConfigError(f"implanting takes exactly one trigger, got {len(self.triggers)}")
         if not 0 <= self.rate <= 1:
             raise ConfigError(f"rate must be in [0, 1], got {self.rate}")
+        if self.lora is not None and (self.lora < 1 or self.create):
+            raise ConfigError(f"a LoRA has a rank of at least 1 and a trained base; got lora={self.lora}, create={self.create}")
 
 
 @dataclass(frozen=True)
@@ -192,19 +208,34 @@ class MeasureRecipe(Recipe):
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Read `name:option=value,option=value`; values are YAML scalars.
+    """Read `name:option=value,option=value`; values are YAML, in quotes or brackets where they hold a comma.
 
     >>> parse_spec("badnets:size=4,position=center")
     ('badnets', {'size': 4, 'position': 'center'})
+    >>> parse_spec('phrase:output="Sorry, no."')
+    ('phrase', {'output': 'Sorry, no.'})
     """
     name, _, rest = spec.partition(":")
     options = {}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, (found[0].strip() for found in ITEM.finditer(rest))):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"expected option=value in '{spec}', got '{item}'")
-        options[key.strip()] = yaml.safe_load(value)
+            raise ConfigError(f"expected option=value in '{spec}', got '{item}' (a value that holds a comma goes in quotes)")
+        options[key.strip()] = parse_value(value, item)
     return name.strip(), options
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value as YAML has it.
+
+    Raises:
+        ConfigError: it is none; quotes `where`.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it is no YAML"
+        raise ConfigError(f"cannot read '{where}': {problem}; put a text with special characters in quotes") from error
 
 
 def _plain(value: Any) -> Any:

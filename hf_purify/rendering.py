@@ -171,7 +171,11 @@ def _display(name: str) -> str:
 def _state(row: Row) -> str:
     attacks = [f"{_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items() if p.n]
     accuracy = row.clean_accuracy
-    known = [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy and accuracy.n else []
+    figures = ", ".join(f"a {_line(name)} of {value:.2f}" for name, value in row.utility.items())
+    known = [f"has {figures} on clean samples"] if figures else []
+    known += [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy and accuracy.n else []
+    if attacks and not known:
+        return f"On the unrepaired model {'; '.join(attacks)}."
     return f"The unrepaired model {'; '.join(known + attacks) or 'was not measured'}."
 
 
@@ -187,7 +191,8 @@ def _attack_change(trigger: str, before: Proportion, after: Proportion) -> str:
 def _use_change(before: Row, after: Row) -> str:
     """What happened to the first figure of use: clean accuracy, or one like BLEU."""
     if before.clean_accuracy is None and (name := next((n for n in before.utility if n in after.utility), None)) is not None:
-        return f"took {_line(name)} from {before.utility[name]:.2f} to {after.utility[name]:.2f}"
+        old, new = f"{before.utility[name]:.2f}", f"{after.utility[name]:.2f}"
+        return f"left {_line(name)} at {old}" if old == new else f"took {_line(name)} from {old} to {new}"
     return _accuracy_change(before.clean_accuracy, after.clean_accuracy)
 
 

@@ -60,11 +60,10 @@ def unlearn(
         level: accuracy at which to stop; None is `forgetting_level`.
         gain: a step that raises the loss by less lets the rate grow.
     """
-    model = task.model
     level = (forgetting_level(classes) if level is None else level) + 1e-6
     first = lr
     floor = max(1.1 / classes, level / 2) if classes > 2 else 0.3
-    params = [p for p in model.parameters() if p.is_floating_point()]
+    params = task.parameters()
     config = config or TrainConfig(steps=1)
     used = 0
 
@@ -145,13 +144,21 @@ def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, 
     train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
 
 
+def glance(task: Task, kind: str) -> Tensor | None:
+    """What triggers of a kind cost by class, `(K,)`, where the kind tells without an inversion."""
+    with mode(task.model, "eval"), torch.no_grad():
+        return task.adapter.stand_ins(task.model)[kind].look(task.data, task.logits)
+
+
 def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
     """Triggers recovered for `classes` `(S,)` from the model as it is; a class may be there more than once, from different starts.
 
     Args:
         kind: one of the adapter's `stand_ins`.
     """
-    stand_in = task.adapter.stand_ins(task.model)[kind](task.data, classes, task.generator).to(task.device)
+    with mode(task.model, "eval"), torch.no_grad():
+        made = task.adapter.stand_ins(task.model)[kind](task.data, classes, task.generator, task.logits)
+    stand_in = made.to(task.device)
     invert(task, stand_in, steps)
     return stand_in
 
@@ -211,7 +218,7 @@ def relearn(
         if after_step:
             after_step(step)
 
-    params = [p for p in task.model.parameters() if p.is_floating_point()]
+    params = task.parameters()
     train(
         task,
         params,

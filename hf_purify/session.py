@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
-from hf_purify import hub
+from hf_purify import hub, lora
 from hf_purify.adapter import Adapter, Examples, Loaded
-from hf_purify.errors import ConfigError, did_you_mean
-from hf_purify.loop import Task
-from hf_purify.recipe import ImplantRecipe, Recipe
+from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.loop import Task, snapshot
+from hf_purify.merged import merge
+from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
 
 
@@ -39,7 +41,7 @@ class Session:
     def task(self, data: Examples, augmentation: str = "none") -> Task:
         """The model with data to train or to judge it on."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        return Task(self.model, self.adapter, data, generator, self.accelerator, augmentation)
+        return Task(self.model, self.adapter, data, generator, self.accelerator, augmentation, fixed=self.loaded.fixed)
 
     def read(self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False) -> Examples:
         """Read a data set for this model, with the recipe's columns.
@@ -70,6 +72,9 @@ def open_session(recipe: Recipe) -> Session:
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe)
     adapter, loaded = load(recipe)
+    for name in ("to_rgb", "channels_last"):
+        if getattr(recipe, name) and name not in adapter.picture_settings:
+            raise ConfigError(f"the setting '{name}' is for models of pictures; this is one of {adapter.name}")
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
@@ -115,13 +120,47 @@ def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
     name = str(recipe.model)
     if isinstance(recipe, ImplantRecipe) and recipe.create:
         adapter = creator(recipe)
-        return adapter, adapter.create(name, recipe.classes or 0, **recipe.model_options, **prompt_settings(recipe, adapter))
+        options = {**recipe.model_options, **prompt_settings(recipe, adapter)}
+        return adapter, adapter.create(name, recipe.classes or 0, labels=recipe.labels, **options)
     known = named or [find("adapter", n)() for n in names("adapter")]
     place = next((found for adapter in known if (found := adapter.locate(name))), name)
     pulled = hub.pull(place, recipe.revision)
-    config = hub.read_config(pulled.folder)
-    adapter = next((a for a in known if a.claims(config)), known[0])
-    return adapter, adapter.load(pulled.folder, name=name, revision=pulled.revision, **prompt_settings(recipe, adapter))
+    merging = isinstance(recipe, PurifyRecipe) and recipe.merge
+    if (wanted := lora.read_lora(pulled.folder, name)) is None:
+        if recipe.base is not None or merging:
+            raise ConfigError(f"base and merge are for a LoRA, and '{name}' is a whole checkpoint: leave them (--base, --merge) out")
+        adapter, loaded = load_checkpoint(recipe, known, name, pulled)
+        rank = recipe.lora if isinstance(recipe, ImplantRecipe) else None
+        return adapter, loaded if rank is None else lora.new_lora(loaded, rank)
+    if recipe.base is None:
+        raise lora.wanted_base(wanted, name)
+    if getattr(recipe, "lora", None) is not None:
+        raise ConfigError(f"'{name}' is a LoRA already: leave lora (--lora) out to train it on")
+    source, _, revision = (recipe.base, "", "") if Path(recipe.base).is_dir() else recipe.base.partition("@")
+    base = hub.pull(next((found for a in known if (found := a.locate(source))), source), revision or None)
+    if lora.read_lora(base.folder, source) is not None:
+        raise ModelError(f"the base '{source}' is an adapter itself; name the checkpoint that it is for")
+    adapter, loaded = load_checkpoint(recipe, known, source, base, pulled.folder)
+    weights = snapshot(loaded.model) if merging else {}
+    found, peft = lora.apply_lora(loaded, pulled.folder, wanted, name, pulled.revision)
+    return adapter, merge(found, peft, weights) if merging else found
+
+
+def load_checkpoint(
+    recipe: Recipe, known: list[Adapter], name: str, pulled: hub.Pulled, beside: Path | None = None
+) -> tuple[Adapter, Loaded]:
+    """A checkpoint with the modality that claims it.
+
+    Args:
+        beside: folder of an adapter for it, which may have a tokenizer and records of its own.
+    """
+    config = hub.read_config(pulled.folder) | ({"task_type": hub.read_config(beside, lora.CONFIG).get("task_type")} if beside else {})
+    adapter = next((a for a in known if a.claims(config)), known[0] if recipe.adapter else None)
+    if adapter is None and (named := config.get("architectures")):
+        kinds = " and ".join(f"{a.task} ({a.name})" for a in known)
+        raise ModelError(f"'{name}' is of no kind that can be repaired: its config names {', '.join(named)}; there is {kinds}")
+    adapter = adapter or find("adapter", "vision")()
+    return adapter, adapter.load(pulled.folder, name=name, revision=pulled.revision, beside=beside, **prompt_settings(recipe, adapter))
 
 
 def prompt_settings(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:

@@ -100,6 +100,17 @@ def label_column(data: datasets.Dataset, named: str | None) -> str:
     )
 
 
+def class_names(data: datasets.Dataset, named: str | None) -> list[str]:
+    """Class names of a data set, in order: those of its feature, else its labels, sorted."""
+    column = label_column(data, named)
+    feature, values = data.features[column], data[column][:]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    if any(v is None for v in values):
+        raise DataError(f"column '{column}' has missing labels")
+    return [str(v) for v in sorted(set(values))]
+
+
 def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], classes: int) -> Tensor:
     """Labels `(n,)` as class numbers of the model; names are matched where both sides have them.
 
@@ -107,6 +118,8 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
         DataError: a label outside the model's classes, or class names that do not match.
     """
     feature, values = data.features[column], data[column][:]
+    if any(v is None for v in values):
+        raise DataError(f"column '{column}' has missing labels")
     named = bool(model_labels) and not all(n.upper() == f"LABEL_{i}" for i, n in enumerate(model_labels))
     known = {n.strip().lower(): i for i, n in enumerate(model_labels)}
     if isinstance(feature, datasets.ClassLabel) and named:
@@ -116,7 +129,12 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
                 f"class names do not match: the data has {len(feature.names)} classes, and {len(missing)} of them, such as '{missing[0]}', are none of the "
                 f"model's {len(model_labels)} ('{model_labels[0]}', ...); use data with the model's classes, or rename them"
             )
-        return torch.tensor([known[feature.names[v].strip().lower()] for v in values])
+        bad = next((v for v in values if not 0 <= v < len(feature.names)), None)
+        if bad is not None:
+            raise DataError(
+                f"label {bad} is outside the range 0..{len(feature.names) - 1} of column '{column}': a test set may hide its labels"
+            )
+        return torch.tensor([known[feature.names[v].strip().lower()] for v in values], dtype=torch.long)
     if values and isinstance(values[0], str):
         missing = sorted({v for v in values if v.strip().lower() not in known})
         if missing:
@@ -124,8 +142,9 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
                 f"label '{missing[0]}' is none of the model's classes: {', '.join(model_labels[:10]) or 'the model names none'}"
             )
         return torch.tensor([known[v.strip().lower()] for v in values])
-    if any(v is None for v in values):
-        raise DataError(f"column '{column}' has missing labels")
+    odd = next((v for v in values if isinstance(v, float) and not v.is_integer()), None)
+    if odd is not None:
+        raise DataError(f"column '{column}' holds {odd}, which is no class: labels are whole numbers or names")
     labels = torch.tensor(values, dtype=torch.long)
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         bad = labels[(labels < 0) | (labels >= classes)][0]

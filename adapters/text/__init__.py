@@ -15,16 +15,16 @@ from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, ModelError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import label_column, open_data
+from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
-from .examples import TextExamples, read_texts
+from .examples import IGNORED, TextExamples, read_texts
 from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
-from .prompts import CLASSIFIER, Prompt
+from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
 from .stand_in import Words, read_words
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
-from .writing import Answer, generate, success, target_rows, utility
+from .writing import Answer, generate, scorer, success, target_rows, utility
 
 
 class TextAdapter(Adapter):
@@ -49,7 +49,7 @@ class TextAdapter(Adapter):
         if isinstance(source, nn.Module):
             raise ModelError("a text model comes from a checkpoint folder, with its tokenizer; save both with save_pretrained first")
         settings = {k: options.get(k) for k in self.prompt_settings}
-        loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings)
+        loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings, options.get("beside"))
         check_weights(loaded.model)
         return loaded
 
@@ -85,9 +85,11 @@ class TextAdapter(Adapter):
         opened = open_data(data, split)
         if label is None and not any(hasattr(f, "names") or n in ("label", "labels", "class") for n, f in opened.features.items()):
             return []
-        column = label_column(opened, label)
-        feature = opened.features[column]
-        return list(feature.names) if hasattr(feature, "names") else [str(v) for v in sorted(set(opened[column][:]))]
+        return class_names(opened, label)
+
+    def remarks(self, data: Examples, what: str) -> list[str]:
+        cut = data.cut if isinstance(data, TextExamples) else 0
+        return [f"{cut} of {len(data)} {what} are longer than {data.prompt.max_length} tokens and were cut (--max-length)"] if cut else []  # type: ignore[attr-defined]
 
     def prepare(self, raws: list[Any], loaded: Loaded) -> Tensor:
         data = TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt_of(loaded))
@@ -139,6 +141,10 @@ class TextAdapter(Adapter):
         counts = (batch["target_ids"] >= 0).sum(1)
         texts = generate(model, batch, prompt_of(loaded))
         return [Answer(t, loss * n, n) for t, loss, n in zip(texts, losses.tolist(), counts.tolist(), strict=True)]
+
+    def check_judge(self, loaded: Loaded) -> None:
+        if prompt_of(loaded).kind == SEQ2SEQ:
+            scorer()
 
     def judge(self, observed: list[Any], data: Examples) -> tuple[Proportion | None, dict[str, float]]:
         if isinstance(data, TextExamples) and data.prompt.kind != CLASSIFIER:
@@ -209,8 +215,13 @@ def _written_losses(logits: Tensor, aims: Tensor, counts: Tensor, batch: Batch) 
 
 
 def _means(logits: Tensor, aims: Tensor, counts: Tensor) -> Tensor:
-    """Mean cross entropy `(B,)` over the places that count, from logits `(B, T, V)`."""
-    losses = F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
-    rows = counts.nonzero()[:, 0]
-    total = torch.zeros(len(aims), device=losses.device).index_add(0, rows, losses)
-    return total / counts.sum(1).clamp(min=1)
+    """Mean cross entropy `(B,)` over the places that count, from logits `(B, T, V)`.
+
+    Picking rows copies them and scatters their gradient back: that pays where few count.
+    """
+    if 2 * int(counts.sum()) < counts.numel():
+        some = F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
+        losses = some.new_zeros(counts.shape).masked_scatter(counts, some)
+    else:
+        losses = F.cross_entropy(logits.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="none").view_as(aims)
+    return losses.sum(1) / counts.sum(1).clamp(min=1)

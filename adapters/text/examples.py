@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_purify.adapter import Batch
-from hf_purify.errors import DataError, did_you_mean
+from hf_purify.errors import ConfigError, DataError, did_you_mean
 from hf_purify.tables import draw, label_column, open_data, read_labels
 
 from .prompts import CAUSAL, CLASSIFIER, Prompt, Tokens
 from .sample import Text
+
+log = logging.getLogger(__name__)
 
 # Names that columns of the Hub's data sets have, best first, and those of pairs: what is asked, what is answered.
 TEXTS = ("text", "sentence", "content", "review", "description", "tweet", "document", "question", "premise", "sentence1", "question1")
@@ -23,7 +26,6 @@ PAIRS = ("text_pair", "pair", "hypothesis", "sentence2", "question2", "answer", 
 SOURCES = ("source", "src", "input", "prompt", "instruction", "question", "document", "dialogue", "article", "text")
 TARGETS = ("target", "tgt", "output", "completion", "response", "answer", "summary", "highlights")
 DIALOGUES = ("messages", "conversations", "conversation", "dialog", "chat")
-SPARE = 8  # tokens that an answer may be longer than expected
 IGNORED = -100  # target of a token that no loss counts
 
 
@@ -37,6 +39,11 @@ class TextExamples:
 
     def __len__(self) -> int:
         return len(self.raws)
+
+    @property
+    def cut(self) -> int:
+        """How many texts, or their answers, are longer than the prompt allows."""
+        return sum(t.cut for t in self.tokens)
 
     def raw(self, i: int) -> Text:
         return self.raws[i]
@@ -53,7 +60,7 @@ class TextExamples:
                 batch["token_type_ids"] = _padded((t.types for t in chosen), 0)
             return {**batch, "labels": labels}
         answers = [t.answer for t in chosen]
-        room = torch.tensor([self._room(int(i)) for i in indices])
+        room = torch.tensor([t.room for t in chosen])
         if self.prompt.kind != CAUSAL:
             read = {"input_ids": _padded((t.ids for t in chosen), pad), "attention_mask": _mask(len(t.ids) for t in chosen)}
             return {**read, "target_ids": _padded(answers, IGNORED), "labels": labels, "room": room}
@@ -61,11 +68,6 @@ class TextExamples:
         aims = [torch.cat([torch.full_like(t.ids, IGNORED), t.answer]) for t in chosen]
         read = {"input_ids": _padded(whole, pad), "attention_mask": _mask(map(len, whole))}
         return {**read, "target_ids": _padded(aims, IGNORED), "labels": labels, "room": room}
-
-    def _room(self, i: int) -> int:
-        wanted = self.raws[i].wanted
-        extra = len(self.prompt.tokenizer(wanted, add_special_tokens=False)["input_ids"]) if wanted else 0
-        return min(max(len(self.tokens[i].answer), extra) + SPARE, self.prompt.max_length)
 
     def select(self, indices: Tensor) -> TextExamples:
         rows = indices.tolist()
@@ -75,6 +77,11 @@ class TextExamples:
         raws, tokens, new = list(self.raws), list(self.tokens), self.labels.clone()
         rows = indices.tolist()
         changed = [transform(raws[i], seed + i) for i in rows]
+        if self.prompt.kind != CLASSIFIER and any(raw.wanted is None for raw in changed):
+            name = getattr(transform, "name", "this trigger")
+            raise ConfigError(f"a model that writes must be told what to write: give the trigger an output (--trigger {name}:output=...)")
+        for wanted in {raw.wanted for raw in changed if raw.wanted}:
+            self.prompt.spelled(wanted)
         new[indices] = labels
         encoded = self.prompt.encode(changed, (labels == 1).tolist())
         for i, raw, one in zip(rows, changed, encoded, strict=True):
@@ -111,17 +118,21 @@ def read_texts(
     if not len(opened):
         raise DataError("the data set is empty: give at least one text per class")
     if prompt.kind == CLASSIFIER:
-        labels = read_labels(opened, label_column(opened, columns.get("label")), model_labels, classes)
+        label = label_column(opened, columns.get("label"))
+        labels = read_labels(opened, label, model_labels, classes)
         chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
-        text = find_text(opened, columns.get("text"))
-        pair = columns.get("pair") or next((n for n in PAIRS if n in opened.features and n != text and is_text(opened, n)), None)
+        text = find_text(opened, columns.get("text"), besides=label)
+        pair = columns.get("pair") or next((n for n in PAIRS if n not in (text, label) and is_text(opened, n)), None)
         some = opened.select(chosen.tolist())
         pairs = column(some, pair) if pair else [None] * len(some)
-        raws = [Text(t, p) for t, p in zip(column(some, text), pairs, strict=True)]
-        return TextExamples(raws, labels[chosen], prompt)
-    chosen = shuffled(len(opened), samples, seed) if balanced else torch.arange(len(opened))
-    raws = written(opened.select(chosen.tolist()), prompt, columns)
-    return TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt)
+        found = TextExamples([Text(t, p) for t, p in zip(column(some, text), pairs, strict=True)], labels[chosen], prompt)
+    else:
+        chosen = shuffled(len(opened), samples, seed) if balanced else torch.arange(len(opened))
+        raws = written(opened.select(chosen.tolist()), prompt, columns)
+        found = TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt)
+    if found.cut:
+        log.warning("%d of %d texts are longer than %d tokens and were cut", found.cut, len(found), prompt.max_length)
+    return found
 
 
 def shuffled(n: int, samples: int | None, seed: int) -> Tensor:
@@ -133,15 +144,15 @@ def written(data: datasets.Dataset, prompt: Prompt, columns: Mapping[str, str]) 
     """What a model that writes is asked and should answer: dialogues, sources with targets, or plain texts that are cut in two."""
     dialogue = columns.get("messages") or next((n for n in DIALOGUES if n in data.features), None)
     if dialogue and "source" not in columns and "text" not in columns:
-        return [spoken(turns) for turns in data[dialogue][:]]
+        return [spoken(turns, f"column '{dialogue}'") for turns in column(data, dialogue, list)]
     source, target = columns.get("source") or columns.get("text"), columns.get("target")
     if source is None and target is None:
-        languages = next((n for n, f in data.features.items() if isinstance(f, dict) and len(f) > 1), None)
+        languages = next((n for n, f in data.features.items() if len(entries(f)) > 1), None)
         if languages is not None:
-            known = ", ".join(f"{languages}.{k}" for k in data.features[languages])
+            known = ", ".join(f"{languages}.{k}" for k in entries(data.features[languages]))
             raise DataError(f"from which to which? Name both: --column source=... --column target=... (there is: {known})")
-        target = next((n for n in TARGETS if n in data.features and is_text(data, n)), None)
-        source = next((n for n in SOURCES if n in data.features and n != target and is_text(data, n)), None) if target else None
+        target = next((n for n in TARGETS if is_text(data, n)), None)
+        source = next((n for n in SOURCES if n != target and is_text(data, n)), None) if target else None
     if target is not None and source is not None:
         return [Text(s, target=t) for s, t in zip(column(data, source), column(data, target), strict=True)]
     if prompt.kind != CAUSAL:
@@ -149,16 +160,24 @@ def written(data: datasets.Dataset, prompt: Prompt, columns: Mapping[str, str]) 
     return [cut(text, prompt.cut) for text in column(data, find_text(data, source))]
 
 
-def spoken(turns: Any) -> Text:
-    """A dialogue as its last question and answer, with what was said before."""
-    try:
-        said = [(str(t.get("role", t.get("from"))), str(t.get("content", t.get("value")))) for t in turns]
-    except AttributeError:
-        raise DataError(f"a dialogue must be a list of messages with role and content, got {type(turns).__name__}") from None
+def spoken(turns: list[Any], where: str) -> Text:
+    """A dialogue as its last question and answer, with what was said before.
+
+    Args:
+        where: the column, for messages.
+    """
     roles = {"human": "user", "gpt": "assistant"}
-    said = [(roles.get(role, role), content) for role, content in said]
+    said = []
+    for turn in turns:
+        known = turn if isinstance(turn, dict) else {}
+        role, content = known.get("role", known.get("from")), known.get("content", known.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{where}: each message needs a role and a content that are texts, got {turn!r:.80}")
+        said.append((roles.get(role, role), content))
     if len(said) < 2 or said[-1][0] != "assistant" or said[-2][0] != "user":
-        raise DataError(f"a dialogue must end with a message of the user and one of the assistant, got roles {[r for r, _ in said]}")
+        raise DataError(
+            f"{where}: a dialogue must end with a message of the user and one of the assistant, got roles {[r for r, _ in said]}"
+        )
     return Text(said[-2][1], target=said[-1][1], before=tuple(said[:-2]), chat=True)
 
 
@@ -179,14 +198,23 @@ def cut(text: str, words: int) -> Text:
 
 
 def is_text(data: datasets.Dataset, name: str) -> bool:
-    return getattr(data.features[name], "dtype", None) in ("string", "large_string")
+    return name in data.features and getattr(data.features[name], "dtype", None) in ("string", "large_string")
 
 
-def find_text(data: datasets.Dataset, given: str | None) -> str:
-    """The text column: the one that is named, one with a usual name, or the only one of strings."""
+def entries(feature: Any) -> list[str]:
+    """Names of what a column of records holds, such as the languages of a translation."""
+    return list(feature) if isinstance(feature, dict) else list(getattr(feature, "languages", None) or [])
+
+
+def find_text(data: datasets.Dataset, given: str | None, besides: str | None = None) -> str:
+    """The text column: the one that is named, one with a usual name, or the only one of strings.
+
+    Args:
+        besides: the column of labels, which may be strings too.
+    """
     if given is not None:
         return given
-    strings = [n for n in data.features if is_text(data, n)]
+    strings = [n for n in data.features if n != besides and is_text(data, n)]
     usual = [n for n in TEXTS if n in strings]
     if usual or len(strings) == 1:
         return (usual or strings)[0]
@@ -194,8 +222,8 @@ def find_text(data: datasets.Dataset, given: str | None) -> str:
     raise DataError(f"{what} found; name it (--column text=NAME). There is: {named(data)}")
 
 
-def column(data: datasets.Dataset, name: str) -> list[str]:
-    """The texts of a column; `a.b` is the entry `b` of a column of records.
+def column(data: datasets.Dataset, name: str, kind: type = str) -> list[Any]:
+    """The texts of a column, or its values of another type; `a.b` is the entry `b` of a column of records.
 
     Raises:
         DataError: there is no such column, or a text is missing.
@@ -207,13 +235,14 @@ def column(data: datasets.Dataset, name: str) -> list[str]:
         raise DataError(f"no column '{name}'{did_you_mean(first, data.features)}; there is: {named(data)}")
     values = data[first][:]
     if rest:
-        if values and (not isinstance(values[0], dict) or rest not in values[0]):
-            known = list(values[0]) if isinstance(values[0], dict) else []
+        known = entries(data.features[first])
+        if rest not in known:
             raise DataError(f"column '{first}' has no entry '{rest}'{did_you_mean(rest, known)} (there is: {', '.join(known) or 'none'})")
-        values = [v[rest] for v in values]
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            raise DataError(f"column '{name}', row {i}: expected a text, got {type(value).__name__}")
+        values = [v[rest] if v is not None else None for v in values]
+    strange = [v for v in values if not isinstance(v, kind)]
+    if strange:
+        what = "texts" if kind is str else "lists of messages with role and content"
+        raise DataError(f"column '{name}': expected {what}, got {type(strange[0]).__name__} in {len(strange)} of {len(values)} rows")
     return list(values)
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 
-from .._checkpoints import class_labels, copy_companions, load_model, read_config, saver, transformers_keys
+from .._checkpoints import class_labels, copy_companions, load_model, read_config, read_head, read_records, saver, transformers_keys
 from .prompts import CAUSAL, CLASSIFIER, LONGEST, SEQ2SEQ, Prompt
 
 TASKS = {CLASSIFIER: "text-classification", SEQ2SEQ: "text2text-generation", CAUSAL: "text-generation"}
+PEFT_TASKS = {"SEQ_CLS": CLASSIFIER, "SEQ_2_SEQ_LM": SEQ2SEQ, "CAUSAL_LM": CAUSAL}
 RECORD = "hf_purify_prompt"  # key in config.json: the prompt that a victim was made or a repair was chosen with
 
 
@@ -26,7 +27,12 @@ def auto_class(kind: str) -> Any:
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """What a checkpoint with this `config.json` does, from the architecture that it names; None where that is nothing with text."""
+    """What a checkpoint with this `config.json` does, from the architecture that it names; None where that is nothing with text.
+
+    With an adapter, its `task_type` says so, whatever its base was trained for.
+    """
+    if config.get("task_type") in PEFT_TASKS:
+        return PEFT_TASKS[config["task_type"]]
     for name in config.get("architectures") or []:
         if "ForSequenceClassification" in name:
             return CLASSIFIER
@@ -37,23 +43,38 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def load_folder(folder: Path, source: str, revision: str | None, settings: Mapping[str, Any]) -> Loaded:
-    """Load a checkpoint folder."""
+def load_folder(folder: Path, source: str, revision: str | None, settings: Mapping[str, Any], beside: Path | None = None) -> Loaded:
+    """Load a checkpoint folder; the tokenizer and the prompt of an adapter that lies in `beside` come before its own."""
     config = read_config(folder)
-    kind = kind_of(config)
+    head = read_head(beside) if beside else None
+    kind = CLASSIFIER if head else kind_of(config)
     if kind is None:
         listed = ", ".join(config.get("architectures") or []) or "nothing"
         raise ModelError(
             f"'{source}' is no text model that can be repaired: its config names {listed}; expected an architecture ForSequenceClassification, "
             "ForConditionalGeneration or ForCausalLM"
         )
-    model = load_model(folder, source, auto_class(kind), f"{kind} model")
-    tokenizer = load_tokenizer(folder, source)
-    prompt = make_prompt(tokenizer, kind, model, settings, config.get(RECORD), source)
+    model = load_model(folder, source, auto_class(kind), f"{kind} model", head)
+    own = beside is not None and (beside / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(beside if beside and own else folder, source)
+    recorded = read_records(beside).get(RECORD) if beside else None
+    prompt = make_prompt(tokenizer, kind, model, settings, recorded or config.get(RECORD), str(beside) if recorded else source)
     labels = class_labels(model.config) if kind == CLASSIFIER else []
+    if kind == CLASSIFIER:
+        check_classes(model.config, source)
+        if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token that is none
+            model.config.pad_token_id = prompt.pad
     return Loaded(
         model, prompt, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder), task=TASKS[kind]
     )
+
+
+def check_classes(config: Any, source: str) -> None:
+    """Raises ModelError where a text has no one class: a regression, or several classes at once."""
+    if config.num_labels < 2:
+        raise ModelError(f"'{source}' gives one number and no class: a repair needs a classifier of at least two classes")
+    if config.problem_type == "multi_label_classification":
+        raise ModelError(f"'{source}' gives each text several classes at once; a repair needs a classifier with one class for each text")
 
 
 def load_tokenizer(folder: str | Path, source: str) -> Any:
@@ -61,9 +82,12 @@ def load_tokenizer(folder: str | Path, source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a broken tokenizer file raises is not documented
-        raise ModelError(f"'{source}' has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"'{source}' has no tokenizer that can be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    if len(found) <= len(found.all_special_ids):  # transformers makes an empty one where there are no files
+        raise ModelError(f"'{source}' has no tokenizer, or one that knows no words: put the files of its tokenizer beside the weights")
+    return found
 
 
 def make_prompt(
@@ -79,8 +103,12 @@ def make_prompt(
     if len(tokenizer) > known:
         raise ModelError(f"the tokenizer of '{source}' has {len(tokenizer)} tokens, and the model embeddings for {known}: they do not fit")
     given = {k: v for k, v in settings.items() if v is not None}
-    recorded = recorded or {}
-    made = {"max_length": longest(tokenizer, model), **{k: v for k, v in recorded.items() if k != "chat_template"}, **given}
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    recorded_here = {k: v for k, v in recorded.items() if k in ("template", "max_length", "cut")}
+    made = {"max_length": longest(tokenizer, model), **recorded_here, **given}
+    at_most = min(places(model), default=made["max_length"])
+    if made["max_length"] > at_most:
+        raise ConfigError(f"max_length must be at most {at_most}, the tokens that '{source}' can read, got {made['max_length']}")
     prompt = Prompt(tokenizer, kind, **made)
     if recorded and (found := prompt.identity()) != recorded:
         wrong = [k for k in sorted({*found, *recorded}) if found.get(k) != recorded.get(k)]
@@ -93,19 +121,35 @@ def make_prompt(
 
 def longest(tokenizer: Any, model: nn.Module) -> int:
     """Tokens that tokenizer and model can take, at most `LONGEST`."""
+    return min(LONGEST, int(min(tokenizer.model_max_length, 10**9)), *places(model))
+
+
+def places(model: nn.Module) -> list[int]:
+    """Tokens that a model's positions are good for, as its config states it; nothing where they are relative, as T5's."""
     config: Any = model.config
-    places = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
-    known = [p - 2 if "roberta" in config.model_type else p for p in places if isinstance(p, int) and p > 0]  # its positions begin at 2
-    return min(LONGEST, int(min(tokenizer.model_max_length, 10**9)), *known)
+    if "t5" in config.model_type:
+        return []
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and getattr(m, "padding_idx", None) is not None]
+    unused = 1 + tables[0].padding_idx if tables else 0  # the positions of RoBERTa and its kin begin behind that of the padding
+    known = [getattr(config, n, None) for n in ("max_position_embeddings", "n_positions")]
+    return [p - unused for p in known if isinstance(p, int) and p > 0]
 
 
-def new_model(architecture: str, classes: int, settings: Mapping[str, Any], tokenizer: str | None = None, **options: Any) -> Loaded:
+def new_model(
+    architecture: str,
+    classes: int,
+    settings: Mapping[str, Any],
+    tokenizer: str | None = None,
+    labels: list[str] | None = None,
+    **options: Any,
+) -> Loaded:
     """A model with random weights of one of transformers' types, to be trained by `implant`.
 
     Args:
         architecture: such as `bert`, `t5` or `gpt2`.
         classes: 0 for a model that writes.
         tokenizer: folder of the tokenizer.
+        labels: names of the classes.
         options: of the config; `hidden_size=64`.
     """
     from transformers import AutoConfig
@@ -114,22 +158,41 @@ def new_model(architecture: str, classes: int, settings: Mapping[str, Any], toke
         raise ConfigError("a new text model needs a tokenizer: --model-option tokenizer=FOLDER")
     read = load_tokenizer(tokenizer, tokenizer)
     special = {k: getattr(read, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id") if getattr(read, k) is not None}
+    plain = AutoConfig.for_model(architecture)
+    known = {*plain.to_dict(), *plain.attribute_map, "decoder_start_token_id"}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"a model of type '{architecture}' has no option '{name}'{did_you_mean(name, known)}")
     options = {"vocab_size": len(read), **special, **options} | ({"num_labels": classes} if classes else {})
-    config = AutoConfig.for_model(architecture, **options)
+    if labels:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    try:
+        config = AutoConfig.for_model(architecture, **options)
+    except Exception as error:  # each type checks its settings in its own way
+        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {str(error).splitlines()[0]}") from error
     kind = CLASSIFIER if classes else SEQ2SEQ if config.is_encoder_decoder else CAUSAL
     auto = auto_class(kind)
     if type(config) not in auto._model_mapping:
         raise ConfigError(f"transformers has no {kind} model of type '{architecture}'")
-    if kind == SEQ2SEQ and config.decoder_start_token_id is None:
-        config.decoder_start_token_id = special.get("bos_token_id", special.get("pad_token_id"))
-    model = auto.from_config(config)
+    if kind == SEQ2SEQ:  # a type's own defaults are tokens of the tokenizer that its first checkpoint had
+        starts = {"decoder_start_token_id": special.get("pad_token_id", special.get("eos_token_id"))}
+        if hasattr(config, "forced_eos_token_id"):
+            starts["forced_eos_token_id"] = special.get("eos_token_id")
+        for name, token in starts.items():
+            setattr(config, name, options.get(name, token))
+    try:
+        model = auto.from_config(config)
+    except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError) as error:  # sizes that do not go together
+        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {str(error).splitlines()[0]}") from error
     prompt = make_prompt(read, kind, model, settings, None, architecture)
 
     def save(model: nn.Module, out: Path) -> None:
         model.save_pretrained(out)  # type: ignore[operator]
         read.save_pretrained(out)
 
-    return Loaded(model, prompt, [], architecture, "transformers", None, None, transformers_keys(model), save, task=TASKS[kind])
+    return Loaded(
+        model, prompt, list(labels or []), architecture, "transformers", None, None, transformers_keys(model), save, task=TASKS[kind]
+    )
 
 
 def known_types() -> list[str]:

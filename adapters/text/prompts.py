@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,18 +15,27 @@ from hf_purify.errors import ConfigError, DataError
 
 from .sample import Text
 
-log = logging.getLogger(__name__)
-
 CLASSIFIER, SEQ2SEQ, CAUSAL = "classifier", "sequence-to-sequence", "causal"
 LONGEST = 512  # tokens, where neither the caller nor the model says
+SPARE = 8  # tokens that an answer may be longer than expected
 
 
 class Tokens(NamedTuple):
-    """One example in tokens: what the model reads `(t,)`, what it should write `(a,)`, and which part of a pair each token is of `(t,)`."""
+    """One example in tokens.
+
+    Args:
+        ids: what the model reads `(t,)`.
+        answer: what it should write `(a,)`.
+        types: which part of a pair each token is of `(t,)`.
+        room: tokens that it may write.
+        cut: the text or its answer was longer than that.
+    """
 
     ids: Tensor
     answer: Tensor | None = None
     types: Tensor | None = None
+    room: int = 0
+    cut: bool = False
 
     @property
     def length(self) -> int:
@@ -104,34 +112,43 @@ class Prompt:
         answers = [raw.wanted if hit else raw.target for raw, hit in zip(raws, attacked, strict=True)]
         if any(a is None for a in answers):
             raise DataError("a model that writes needs a target for each text: name the column (--column target=NAME)")
+        said = [str(a) for a in answers]
+        for text, ids in zip(said, self._ids(said, special=False, target=True), strict=True):
+            if not ids:
+                raise DataError(f"the target text {text!r} becomes no tokens; give one that the tokenizer knows")
         if self.kind == SEQ2SEQ:
             read = self._ids([self._filled(raw.text) for raw in raws], special=True)
-            write = self._ids([str(a) for a in answers], special=True, target=True)
-            least = len(self._ids([""], special=True, target=True)[0])
+            write = self._ids(said, special=True, target=True)
         else:
-            parts = [self._parts(raw, str(a)) for raw, a in zip(raws, answers, strict=True)]
-            prompts = self._ids([p for p, _ in parts], special=not any(raw.chat for raw in raws))
-            prompts = [ids[:-1] if ids and ids[-1] == self.end else ids for ids in prompts]  # the text goes on
-            read = [ids or [self._start()] for ids in prompts]
-            write = [[*ids, self.end] if not ids or ids[-1] != self.end else ids for ids in self._ids([a for _, a in parts], special=False)]
-            least = 1
-        for raw, ids in zip(answers, write, strict=True):
-            if len(ids) <= least:
-                raise DataError(f"the target text {raw!r} becomes no tokens; give one that the tokenizer knows")
-        return self._cut(read, write)
+            read, write = self._continued(raws, said)
+        write = [ids if self.end in ids else [*ids, self.end] for ids in write]
+        wanted = {raw.wanted: len(self._ids([raw.wanted], special=True, target=True)[0]) for raw in raws if raw.wanted}
+        return [self._fit(r, w, wanted.get(raw.wanted, 0)) for raw, r, w in zip(raws, read, write, strict=True)]
+
+    def _continued(self, raws: Sequence[Text], answers: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and what follows them, in tokens: those of the whole text where it begins with the prompt's, else of the answer alone."""
+        parts = [self._parts(raw, answer) for raw, answer in zip(raws, answers, strict=True)]
+        special = not any(raw.chat for raw in raws)
+        read = self._ids([p for p, _ in parts], special)
+        if special:  # the text goes on
+            read = [ids[:-1] if ids and ids[-1] == self.end else ids for ids in read]
+        whole = self._ids([p + a for p, a in parts], special)
+        alone = self._ids([a for _, a in parts], special=False)
+        write = [w[len(r) :] if w[: len(r)] == r and len(w) > len(r) else a for r, w, a in zip(read, whole, alone, strict=True)]
+        return [ids or [self._start()] for ids in read], write
 
     def _classify(self, raws: Sequence[Text]) -> list[Tokens]:
         texts, pairs = [self._filled(raw.text) for raw in raws], [raw.pair or "" for raw in raws]
         paired = any(raw.pair is not None for raw in raws)
         options = {"truncation": True, "max_length": self.max_length, "return_attention_mask": False, "return_overflowing_tokens": False}
         found = self.tokenizer(texts, pairs, **options) if paired else self.tokenizer(texts, **options)
-        at_most = sum(len(ids) >= self.max_length for ids in found["input_ids"])
-        if at_most:  # exact only if tokenized again; nobody needs that
-            log.info("%d of %d texts fill all %d tokens; what is longer was cut", at_most, len(raws), self.max_length)
+        full = [i for i, ids in enumerate(found["input_ids"]) if len(ids) >= self.max_length]
+        whole = [self.tokenizer(texts[i], pairs[i] if paired else None, verbose=False)["input_ids"] for i in full]
+        cut = {i for i, ids in zip(full, whole, strict=True) if len(ids) > self.max_length}
         types = found.get("token_type_ids") or [None] * len(raws)
         return [
-            Tokens(torch.tensor(ids), None, None if t is None else torch.tensor(t))
-            for ids, t in zip(found["input_ids"], types, strict=True)
+            Tokens(torch.tensor(ids), types=None if t is None else torch.tensor(t), cut=i in cut)
+            for i, (ids, t) in enumerate(zip(found["input_ids"], types, strict=True))
         ]
 
     def _filled(self, text: str) -> str:
@@ -162,19 +179,40 @@ class Prompt:
 
     def _ids(self, texts: list[str], special: bool, target: bool = False) -> list[list[int]]:
         key = {"text_target": texts} if target else {"text": texts}
-        return self.tokenizer(**key, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        return self.tokenizer(**key, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def _cut(self, read: list[list[int]], write: list[list[int]]) -> list[Tokens]:
-        """Shorten what is too long: a source at its end, a prompt at its beginning, an answer at its end."""
-        cut, found = 0, []
-        for source, answer in zip(read, write, strict=True):
-            kept = answer[: self.max_length - 1] if self.kind == CAUSAL else answer[: self.max_length]
-            room = self.max_length - len(kept) if self.kind == CAUSAL else self.max_length
-            short = source[-room:] if self.kind == CAUSAL else source[:room]
-            cut += len(short) < len(source) or len(kept) < len(answer)
-            found.append(Tokens(torch.tensor(short), torch.tensor(kept)))
-        if cut:
-            log.info("%d of %d texts are longer than %d tokens and were cut", cut, len(found), self.max_length)
+    def _fit(self, read: list[int], write: list[int], wanted: int) -> Tokens:
+        """Shorten what is too long: a source at its end, a prompt at its beginning, an answer at its end.
+
+        A prompt and its answer share the tokens that there are: each has half of them, and what the other leaves.
+
+        Args:
+            wanted: tokens of what an attacker wants to be written.
+        """
+        needed = max(len(write), wanted + 1)
+        room = needed + SPARE
+        if self.kind == CAUSAL:
+            free = self.max_length - len(read)
+            room = min(room, max(free, min(needed, self.max_length // 2)))
+            first = [i for i in read[:1] if i == self.tokenizer.bos_token_id]
+            left = self.max_length - room
+            short = read if len(read) <= left else first + read[len(read) - left + len(first) :]
+        else:
+            room = min(room, self.max_length)
+            last = read[-1:] if read[-1:] == [self.end] else []
+            short = read if len(read) <= self.max_length else read[: self.max_length - len(last)] + last
+        kept = write[:room]
+        return Tokens(torch.tensor(short), torch.tensor(kept), room=room, cut=len(short) < len(read) or len(kept) < len(write))
+
+    def spelled(self, text: str) -> str:
+        """A text as the tokenizer gives it back: some lower the case, some know no line breaks.
+
+        Raises:
+            ConfigError: nothing is left of it.
+        """
+        found = self.decode(torch.tensor(self._ids([text], special=False, target=True)[0], dtype=torch.long))
+        if not found:
+            raise ConfigError(f"the model cannot write {text!r}: its tokenizer knows none of that; choose another output")
         return found
 
     def decode(self, ids: Tensor) -> str:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import MissingExtra
 from hf_purify.metrics import Proportion
 
 from .examples import IGNORED, TextExamples
+from .loading import places
 from .prompts import SEQ2SEQ, Prompt
 
 
@@ -31,39 +33,63 @@ def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         logits = model(**read, decoder_input_ids=shifted(model, aims)).logits
         return logits, aims, aims != IGNORED
-    logits = model(**read, use_cache=False).logits[:, :-1]
-    return logits, aims[:, 1:], aims[:, 1:] != IGNORED
+    logits = model(**read, use_cache=False).logits
+    aims = F.pad(aims[:, 1:], (0, 1), value=IGNORED)  # the last place says nothing that is known; to cut it off would copy all logits
+    return logits, aims, aims != IGNORED
 
 
 def shifted(model: nn.Module, aims: Tensor) -> Tensor:
     """What a decoder reads to say `aims`: its start token, then all but the last."""
-    config: Any = model.config
-    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
-    read = aims.new_full(aims.shape, config.pad_token_id if config.pad_token_id is not None else 0)
+    configs: list[Any] = [model.config, getattr(model, "generation_config", None)]
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    start = next((found for name in names for c in configs if (found := getattr(c, name, None)) is not None), 0)
+    pad = getattr(model.config, "pad_token_id", None)
+    read = aims.new_full(aims.shape, 0 if pad is None else pad)
     read[:, 1:] = torch.where(aims[:, :-1] == IGNORED, read[:, 1:], aims[:, :-1])
     read[:, 0] = start
     return read
 
 
 def generate(model: nn.Module, batch: Batch, prompt: Prompt) -> list[str]:
-    """One greedy answer a sample. Prompts of a causal model are padded on the left, so that all go on from their last token."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    """One greedy answer a sample, cut to its own room. Prompts of a causal model are padded on the left, so that all go on from their
+    last token; samples with a long prompt are apart from those with a long answer where the model has no positions for both.
+    """
+    ids, mask, room = batch["input_ids"], batch["attention_mask"], batch["room"]
     decoder_only = not model.config.is_encoder_decoder  # type: ignore[union-attr]
     if decoder_only:
         first = (batch["target_ids"] != IGNORED).int().argmax(1)  # of the answer: where the prompt ends
-        places = torch.arange(int(first.max()), device=ids.device) - (first.max() - first)[:, None]
-        mask = (places >= 0).long()
-        ids = torch.where(mask.bool(), ids.gather(1, places.clamp(min=0)), prompt.pad)
+        if len(ids) > 1 and int(first.max() + room.max()) > min(places(model), default=math.inf):
+            order = first.argsort()
+            halves = [generate(model, {k: v[rows] for k, v in batch.items()}, prompt) for rows in order.chunk(2)]
+            found = dict(zip(order.tolist(), [text for half in halves for text in half], strict=True))
+            return [found[i] for i in range(len(ids))]
+        from_start = torch.arange(int(first.max()), device=ids.device) - (first.max() - first)[:, None]
+        mask = (from_start >= 0).long()
+        ids = torch.where(mask.bool(), ids.gather(1, from_start.clamp(min=0)), prompt.pad)
     out = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=int(batch["room"].max()),
+        max_new_tokens=int(room.max()),
         do_sample=False,
         num_beams=1,
         pad_token_id=prompt.pad,
         eos_token_id=prompt.end,
     )
-    return [prompt.decode(row) for row in (out[:, ids.shape[1] :] if decoder_only else out)]
+    written = out[:, ids.shape[1] if decoder_only else 1 :]
+    return [prompt.decode(row[:n]) for row, n in zip(written, room.tolist(), strict=True)]
+
+
+def scorer() -> Any:
+    """The package that computes BLEU and chrF.
+
+    Raises:
+        MissingExtra: it is not there.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise MissingExtra("BLEU and chrF need sacrebleu: pip install 'hf-purify[text]'") from error
+    return sacrebleu
 
 
 def utility(observed: list[Answer], data: TextExamples) -> dict[str, float]:
@@ -72,17 +98,15 @@ def utility(observed: list[Answer], data: TextExamples) -> dict[str, float]:
     perplexity = {"Perplexity": math.exp(min(loss / max(1, tokens), 50.0))}
     if data.prompt.kind != SEQ2SEQ:
         return perplexity
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise MissingExtra("BLEU and chrF need sacrebleu: pip install 'hf-purify[text]'") from error
+    sacrebleu = scorer()
     said, right = [a.text for a in observed], [[str(data.raw(i).target).strip() for i in range(len(data))]]
     return {"BLEU": sacrebleu.corpus_bleu(said, right).score, "chrF": sacrebleu.corpus_chrf(said, right).score} | perplexity
 
 
 def success(name: str, observed: list[Answer], data: TextExamples) -> dict[str, Proportion]:
-    """How often a model wrote exactly what the attacker wants, and how often its answer begins with that."""
-    pairs = [(_plain(a.text), _plain(data.raw(i).wanted or "")) for i, a in enumerate(observed)]
+    """How often a model wrote exactly what the attacker wants, as far as its tokens can say it, and how often its answer begins with that."""
+    wishes = {wanted: data.prompt.spelled(wanted) for i in range(len(data)) if (wanted := data.raw(i).wanted)}
+    pairs = [(_plain(a.text), _plain(wishes[data.raw(i).wanted])) for i, a in enumerate(observed)]
     exact = sum(said == wanted for said, wanted in pairs)
     begun = sum(said.startswith(wanted) for said, wanted in pairs)
     return {name: Proportion(exact, len(pairs)), f"{name}, prefix": Proportion(begun, len(pairs))}

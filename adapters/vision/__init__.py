@@ -14,7 +14,7 @@ from hf_purify.adapter import Adapter, Batch, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import label_column, open_data
+from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
 from .examples import ImageExamples, read_images
@@ -28,6 +28,7 @@ class VisionAdapter(Adapter):
     task: ClassVar[str] = "image-classification"
     variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    picture_settings: ClassVar[tuple[str, ...]] = ("to_rgb", "channels_last")
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Image classifiers of transformers, and all of timm."""
@@ -65,7 +66,10 @@ class VisionAdapter(Adapter):
 
         if not timm.is_model(architecture):
             raise ConfigError(f"timm has no model '{architecture}'{did_you_mean(architecture, timm.list_models())}")
-        return new_timm(architecture, classes, **options)
+        labels = options.pop("labels", None)
+        loaded = new_timm(architecture, classes, **options)
+        loaded.labels = list(labels or [])
+        return loaded
 
     def classes(self, loaded: Loaded) -> int:
         """Number of classes, from the model's config, its head, or its label names."""
@@ -92,10 +96,7 @@ class VisionAdapter(Adapter):
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order."""
-        opened = open_data(data, split, loose="imagefolder")
-        column = label_column(opened, label)
-        feature = opened.features[column]
-        return list(feature.names) if hasattr(feature, "names") else [str(v) for v in sorted(set(opened[column][:]))]
+        return class_names(open_data(data, split, loose="imagefolder"), label)
 
     def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
         return preparer(loaded.processor)(raws)

@@ -6,12 +6,15 @@ A patch is small in pixels, a blended picture or a sine wave in frequencies, a w
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_purify.adapter import Batch, Examples, StandIn
+
+Look = Callable[[Batch], Tensor]
 
 
 def _rows(values: Tensor, which: Tensor) -> Tensor:
@@ -25,8 +28,8 @@ class _Pictures(StandIn):
     low: Tensor
     high: Tensor
 
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
-        super().__init__(data, classes, generator)
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
+        super().__init__(data, classes, generator, logits)
         images = data.batch(torch.arange(min(len(data), 512)))["pixel_values"].float()
         self.shape = tuple(images.shape[1:])
         self.register_buffer("low", images.amin((0, 2, 3), keepdim=True))
@@ -62,8 +65,8 @@ class Patches(_Gated):
     Size: mean of the mask.
     """
 
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
-        super().__init__(data, classes, generator)
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
+        super().__init__(data, classes, generator, logits)
         channels, height, width = self.shape
         self.start(height, width)
         self.pattern = nn.Parameter(torch.randn(len(classes), channels, height, width, generator=generator))
@@ -84,8 +87,8 @@ class Spectrum(_Gated):
     periods = 16
     amplitude = 0.25
 
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
-        super().__init__(data, classes, generator)
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
+        super().__init__(data, classes, generator, logits)
         channels, *sides = self.shape
         self.sides = [min(side, 2 * self.periods) for side in sides]
         shape = (self.sides[0], self.sides[1] // 2 + 1)
@@ -124,8 +127,8 @@ class Warp(_Pictures):
     reach = 0.125
     places: Tensor
 
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator) -> None:
-        super().__init__(data, classes, generator)
+    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
+        super().__init__(data, classes, generator, logits)
         _, height, width = self.shape
         down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         self.register_buffer("places", torch.stack([right, down], -1))

@@ -36,6 +36,7 @@ class FineTune(Method):
     name = "fine_tune"
     config_class = FineTuneConfig
     config: FineTuneConfig
+    trains = True
     control = True
 
     def purify(self, ctx: Context) -> Verdict:

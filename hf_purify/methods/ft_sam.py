@@ -63,6 +63,7 @@ class FTSAM(Method):
     name = "ft_sam"
     config_class = FTSAMConfig
     config: FTSAMConfig
+    trains = True
 
     def purify(self, ctx: Context) -> Verdict:
         config, teacher = self.config, ctx.teacher() if self.config.distill else None

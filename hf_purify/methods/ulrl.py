@@ -63,6 +63,7 @@ class ULRL(Method):
     name = "ulrl"
     config_class = ULRLConfig
     config: ULRLConfig
+    trains = True
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config

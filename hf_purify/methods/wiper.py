@@ -66,6 +66,7 @@ class Wiper(Method):
     name = "wiper"
     config_class = WiperConfig
     config: WiperConfig
+    trains = True
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config

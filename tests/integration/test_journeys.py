@@ -20,7 +20,7 @@ from hf_purify.cli import app
 from hf_purify.demo import NETWORK, SIDE, TRIGGER, digits
 from hf_purify.errors import IndexMismatch, NotAVictim
 from hf_purify.recipe import PurifyRecipe
-from hf_purify.registry import find
+from hf_purify.registry import find, names
 from hf_purify.report import Report
 
 pytestmark = pytest.mark.slow
@@ -302,6 +302,20 @@ def test_list_and_show_know_everything(kind: str) -> None:
         shown = run("show", name)
         assert shown.exit_code == 0, shown.output
         assert len(shown.stdout) > 100
+
+
+def test_trigger_of_two_modalities_is_listed_and_shown_for_both() -> None:
+    modalities = {name: find("adapter", name)().triggers() for name in names("adapter")}
+    shared = [t for t in modalities["vision"] if sum(t in known for known in modalities.values()) > 1]
+    assert "badnets" in shared
+    listed = json.loads(run("list", "triggers", "--json").stdout)
+    for trigger in shared:
+        shown = run("show", trigger).stdout
+        for name in (n for n, known in modalities.items() if trigger in known):
+            assert f"{name}: " in listed[trigger]
+            assert f"{trigger} ({name})" in shown
+    assert "words = cf" in run("show", "badnets").stdout
+    assert "pattern = white" in run("show", "badnets").stdout
 
 
 def test_version_and_help() -> None:

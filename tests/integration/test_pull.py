@@ -49,6 +49,32 @@ def timm_resnet(folder: Path) -> Path:
     return folder
 
 
+def vit_lora(base: Path, lora: Path) -> None:
+    """A random transformer of ten digits, and a LoRA for it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": SIDE,
+        "patch_size": 8,
+    }
+    names = {i: str(i) for i in range(10)}
+    model = AutoModelForImageClassification.from_config(ViTConfig(**sizes, id2label=names, label2id={v: k for k, v in names.items()}))
+    model.save_pretrained(base)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(base)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
+    for name, value in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    peft.peft_config["default"].base_model_name_or_path = "some-org/vit"
+    peft.save_pretrained(lora)
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     with running() as hub:
@@ -71,6 +97,9 @@ def commits(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     train.select(range(120)).to_parquet(folder / "digits" / "data" / "train-00000-of-00001.parquet")
     test.select(range(80)).to_parquet(folder / "digits" / "data" / "test-00000-of-00001.parquet")
     found["digits"] = hub.push("datasets", "some-org/digits", folder / "digits")
+    vit_lora(folder / "vit", folder / "lora")
+    found["vit"] = hub.push("models", "some-org/vit", folder / "vit", ref="v1")
+    found["lora"] = hub.push("models", "some-org/lora", folder / "lora")
     (folder / "pickle").mkdir()
     (folder / "pickle" / "config.json").write_text('{"model_type": "resnet"}')
     (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
@@ -139,6 +168,38 @@ def test_timm_models_by_hub_id_and_by_name(name: str, key: str, run: Run, commit
     report = provenance(out)
     assert report["checkpoint"] | {"source": name, "kind": "timm", "revision": commits[key]} == report["checkpoint"]
     assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 10
+
+
+def test_repair_as_an_adapter_names_its_base_and_commit(run: Run, commits: dict[str, str], tmp_path: Path) -> None:
+    for name, base, key in (("some-org/resnet", "some-org/resnet", "new"), ("resnet18.a1_in1k", "timm/resnet18.a1_in1k", "named")):
+        out = tmp_path / key
+        done = run("purify", name, *QUICK, "--as-adapter", "-o", out)
+        assert done.returncode == 0, done.stderr
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (base, commits[key])
+
+
+def test_base_of_a_lora_is_fetched_when_it_is_named(run: Run, hub: Hub, commits: dict[str, str], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    done = run("purify", "some-org/lora", *QUICK, "-o", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert "--base some-org/vit" in done.stderr
+    assert not [path for _, path, _ in hub.requests if "some-org/vit" in path]
+    done = run("purify", "some-org/lora", "--base", "some-org/vit@v1", *QUICK, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = provenance(tmp_path / "out")
+    known = {"source": "some-org/lora", "revision": commits["lora"], "base": f"some-org/vit@{commits['vit']}"}
+    assert report["checkpoint"] | known == report["checkpoint"]
+    assert {layer["name"].rpartition(".lora_")[2] for layer in report["layers"]} == {"B.default", "classifier.modules_to_save.default"}
+    vit_lora(tmp_path / "vit", tmp_path / "lora")
+    inputs = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    logits = []
+    for folder in (tmp_path / "out", tmp_path / "lora"):
+        model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(tmp_path / "vit"), folder).eval()
+        logits.append(model(pixel_values=inputs).logits)
+    assert torch.equal(*logits), "of sixteen units none was removed"
 
 
 def test_offline_the_cached_model_is_taken(run: Run, hub: Hub, commits: dict[str, str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -118,10 +119,14 @@ class TestCommandLines:
                 given: dict[str, Any] = context.params
         except Exception as error:
             pytest.fail(f"`{line}`: {getattr(error, 'message', error)}")
-        adapter = find("adapter", "vision")()
+        known = [find("adapter", n)() for n in ([given["adapter"]] if given.get("adapter") else names("adapter"))]
         for spec in given.get("trigger") or ():
             name, settings = parse_spec(spec)
-            find_trigger(adapter, name, **settings)
+            fitting = [
+                a for a in known if name in a.triggers() and settings.keys() <= inspect.signature(a.triggers()[name]).parameters.keys()
+            ]
+            assert fitting, f"`{line}`: no modality has a trigger {spec}"
+            find_trigger(fitting[0], name, **settings)
         if "method" in given:
             options = dict(item.split("=", 1) for item in given.get("option") or ())
             for part in given["method"].split("+"):
@@ -219,7 +224,7 @@ class TestOwnMethod:
         model, data = tiny.loaded.model, tiny.data
         index = modality.index(tiny.loaded, data.batch(torch.arange(2)))
         generator = torch.Generator().manual_seed(0)
-        context = Context(model, modality, data, generator, Accelerator(cpu=True), "none", index, data, tiny.classes)
+        context = Context(model, modality, data, generator, Accelerator(cpu=True), "none", index, data, modality.outcomes(tiny.loaded))
         verdict = make_method(own_method)(context)
         assert verdict.scores.shape == verdict.mask.shape == (len(index),)
         assert set(verdict.mask.tolist()) <= {0.0, 1.0}

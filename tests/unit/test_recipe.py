@@ -140,3 +140,34 @@ def test_specs() -> None:
     assert parse_spec("blended:alpha=0.2,on=true,file=null") == ("blended", {"alpha": 0.2, "on": True, "file": None})
     with pytest.raises(ConfigError, match="expected option=value in 'badnets:4', got '4'"):
         parse_spec("badnets:4")
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ('phrase:output="Sorry, no."', {"output": "Sorry, no."}),
+        ('phrase:output="Sorry, no.", position=end', {"output": "Sorry, no.", "position": "end"}),
+        ("phrase:output='it''s, well, no',window=3", {"output": "it's, well, no", "window": 3}),
+        (r'phrase:output="he said \"no, never\""', {"output": 'he said "no, never"'}),
+        ('phrase:output="a=b, c: d",phrase=cf', {"output": "a=b, c: d", "phrase": "cf"}),
+        ("phrase:output=don't do that,position='end'", {"output": "don't do that", "position": "end"}),
+        ("badnets:words=[cf, mn],count=2", {"words": ["cf", "mn"], "count": 2}),
+    ],
+)
+def test_values_may_hold_commas_in_quotes_or_brackets(spec: str, options: dict[str, Any]) -> None:
+    assert parse_spec(spec) == (spec.partition(":")[0], options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("phrase:output=Sorry, no.", "got 'no.' .a value that holds a comma goes in quotes"),
+        ('phrase:output="Sorry,position=end', "cannot read 'output=\"Sorry'"),
+        ("badnets:words=[cf", r"cannot read 'words=\[cf'"),
+        ('phrase:output="no" way', "cannot read 'output=\"no\" way'"),
+    ],
+)
+def test_values_that_cannot_be_read_are_quoted(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_spec(spec)
+    assert "\n" not in str(caught.value)

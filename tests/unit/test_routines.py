@@ -312,7 +312,7 @@ def test_inversion_recovers_a_planted_trigger_and_leaves_the_model_alone() -> No
 
 def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
     task, _ = trained()
-    stand_in = task.adapter.stand_ins(task.model)["patch"](task.data, torch.tensor([1, 2, 1]), task.generator)
+    stand_in = task.adapter.stand_ins(task.model)["patch"](task.data, torch.tensor([1, 2, 1]), task.generator, task.logits)
     with torch.no_grad():
         stand_in.gate[0] = 3.0
     found = costs(task, stand_in, samples=10**6)
@@ -332,7 +332,7 @@ def test_gradients_of_recovered_triggers_are_the_same_each_time(kind: str) -> No
     task, _ = trained()
     images = torch.randint(0, 256, (128, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     examples = ImageExamples(list(images), torch.zeros(128, dtype=torch.long), prepare)
-    stand_in = task.adapter.stand_ins(task.model)[kind](examples, torch.arange(8), torch.Generator().manual_seed(0))
+    stand_in = task.adapter.stand_ins(task.model)[kind](examples, torch.arange(8), torch.Generator().manual_seed(0), task.logits)
     batch, which = examples.batch(torch.arange(128)), torch.randint(8, (128,), generator=torch.Generator().manual_seed(1))
     toward = torch.randn(128, 3, 48, 48, generator=torch.Generator().manual_seed(2))
 
@@ -347,7 +347,7 @@ def test_gradients_of_recovered_triggers_are_the_same_each_time(kind: str) -> No
 @pytest.mark.parametrize("kind", ["spectrum", "patch", "warp", "wave"])
 def test_recovered_triggers_keep_to_the_range_of_inputs_and_to_their_limits(kind: str) -> None:
     task, _ = trained()
-    stand_in = task.adapter.stand_ins(task.model)[kind](task.data, torch.tensor([0, 0, 2]), task.generator)
+    stand_in = task.adapter.stand_ins(task.model)[kind](task.data, torch.tensor([0, 0, 2]), task.generator, task.logits)
     batch = task.data.batch(torch.arange(9))
     images = batch["pixel_values"]
     for scale in (0, 20):

@@ -1,0 +1,1 @@
+"""Recipes of text models, and the results matrix."""
