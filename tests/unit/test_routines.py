@@ -379,7 +379,7 @@ def test_a_spectrum_holds_a_sine_wave_and_a_warp_a_shift() -> None:
     batch = task.data.batch(torch.arange(4))
     images = batch["pixel_values"]
     side, which = images.shape[-1], torch.zeros(4, dtype=torch.long)
-    wave = kinds["spectrum"](task.data, torch.tensor([0]), task.generator)
+    wave = kinds["spectrum"](task.data, torch.tensor([0]), task.generator, task.logits)
     with torch.no_grad():
         wave.gate.fill_(-100)
         wave.gate[..., 0, 2] = 100
@@ -389,12 +389,12 @@ def test_a_spectrum_holds_a_sine_wave_and_a_warp_a_shift() -> None:
     expected = 2 * wave.amplitude * (2 * math.pi * 2 * torch.arange(side) / side).sin() * (wave.high - wave.low)
     torch.testing.assert_close(wave.place(batch, which)["pixel_values"], (images + expected).maximum(wave.low).minimum(wave.high))
     assert float(wave.size().detach()) == pytest.approx(1 / (side * (side // 2 + 1)))
-    weak = kinds["wave"](task.data, torch.tensor([0]), task.generator)
+    weak = kinds["wave"](task.data, torch.tensor([0]), task.generator, task.logits)
     weak.load_state_dict(wave.state_dict())
     with torch.no_grad():
         weak.sines[..., 0, 2] = -math.atanh(0.3)
     assert float(weak.size().detach()) == pytest.approx(5 * 0.3 * float(wave.size().detach()), rel=1e-4)  # weak ones are small, too
-    warp = kinds["warp"](task.data, torch.tensor([0]), task.generator)
+    warp = kinds["warp"](task.data, torch.tensor([0]), task.generator, task.logits)
     half = 0.5 / (side - 1)
     with torch.no_grad():
         warp.shifts.fill_(0)
