@@ -21,6 +21,7 @@ from .. import cells
 from . import victims
 from .results import RESULTS, write
 
+VARIANTS = {"neural_cleanse-long": {"steps": 140}}  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(victims.NETWORKS))
     parser.add_argument("--triggers", default=",".join([*victims.TRIGGERS, "none"]))
-    parser.add_argument("--methods", default=",".join(everything))
+    parser.add_argument("--methods", default=",".join([*everything, *VARIANTS]))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("runs"))
@@ -58,7 +59,7 @@ def main() -> None:
                     common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
                     recipe = partial(recipe_of, network, trigger, seed, chosen.samples, chosen.folder)
                     try:
-                        cells.run(recipe, chosen.folder / "cells-text" / network / trigger, common, chosen.methods.split(","), {})
+                        cells.run(recipe, chosen.folder / "cells-text" / network / trigger, common, chosen.methods.split(","), VARIANTS)
                     except NotAVictim as error:
                         log.warning("%s with %s: %s", network, trigger, error)
     cells.collect(chosen.folder / "cells-text", RESULTS)

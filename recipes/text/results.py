@@ -14,7 +14,7 @@ _HEAD = """# Text: results
 
 Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`; every figure comes from a run. Missing cells were not run.
 
-- Each method with its default settings, one setting for all triggers; 200 clean sentences, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
+- Each method with its default settings, one setting for all triggers (`neural_cleanse-long`: 140 steps, not 70); 200 clean sentences, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
   sample or the test set.
 - Victims: encoders of BERT's shape, 2 layers of 128, trained from random weights with the tokenizer of BERT on SST-2 (67,349 phrases and sentences) and AG News
   (14,593 descriptions), of which 10 % carry the trigger; no pretrained weights. Those with an ASR under 95 % are left out. Clean sentences: for SST-2 of the validation
