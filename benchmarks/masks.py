@@ -186,7 +186,7 @@ def measure(name: str, shape: Shape, args: argparse.Namespace, device: torch.dev
                 "gflop": round(count / 1e9, 2),
                 "gflop_per_s": round(count / 1e9 / min(times[n]), 1),
                 "peak_mb": round(step_bytes(v.model, v.optimizer, lambda v=v: (step(v), v.optimizer.zero_grad()), device) / 2**20, 1),
-                "saved_mb": round(saved_bytes(v.model, lambda v=v: loss(v)) / 2**20, 1),
+                "saved_mb": round(saved_bytes(lambda v=v: loss(v), device) / 2**20, 1),
             }
     return {"batch": batch, "size": args.size, "neurons": len(index), "groups": len(index.groups), "mechanisms": rows}
 

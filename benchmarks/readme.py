@@ -16,6 +16,7 @@ TITLES = {
     "runs-compile-cpu": "the options, torch.compile among them",
     "runs-cpu": "stem of CIFAR",
     "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
+    "text-cpu": "language models on one thread of a CPU",
 }
 
 
@@ -72,11 +73,41 @@ def runs(result: dict[str, Any]) -> list[str]:
     return out
 
 
+def texts(result: dict[str, Any]) -> list[str]:
+    """Tables of text.py."""
+    out = [f"A large matrix product reaches {result['matrix_product_gflop_per_s']} GFLOP/s in the same process. {facts(result)}"]
+    columns = {
+        "s": "median_s",
+        "tokens/s": "tokens_per_s",
+        "/ lower bound": "over_lower_bound",
+        "/ fine-tuning": "over_fine_tuning",
+        "/ LoRA": "over_lora",
+        "GFLOP": "gflop",
+        "peak MiB": "peak_mb",
+        "kept for backward MiB": "saved_mb",
+        "values learned": "learned",
+    }
+    for name, text in result["texts"].items():
+        what = f"{text['parameters'] / 1e6:.1f} million parameters, {text['neurons']} neurons in {text['groups']} groups"
+        out.append(f"**{name}**, {text['batch']} x {text['tokens']} tokens, {what}")
+        out.append(rows(["mechanism", *columns], [[n, *(r[k] for k in columns.values())] for n, r in text["mechanisms"].items()]))
+    if large := result.get("large"):
+        out.append(
+            f"**One mask step of {large['parameters'] / 1e9:.2f} billion parameters** in bf16 ({large['network']}; "
+            f"{large['batch']} x {large['tokens']} tokens; {large['mask_values']} mask values)"
+        )
+        ours = ["mask step, measured: the whole process, building and discovery included", large["bytes_per_parameter"], large["peak_gib"]]
+        rest = [[f"fine-tuning with AdamW, computed: {n}", r["bytes_per_parameter"], r["gib"]] for n, r in large["fine_tuning"].items()]
+        alone = ["of that, the weights", round(large["weights_gib"] * 2**30 / large["parameters"], 3), large["weights_gib"]]
+        out.append(rows(["what", "bytes a parameter", "GiB"], [ours, alone, *rest]))
+    return [*out, bounds(result)]
+
+
 def main() -> None:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
-        kind = masks if "shapes" in result else runs
+        kind = masks if "shapes" in result else texts if "texts" in result else runs
         parts += [f"### {path.stem}: {TITLES.get(path.stem, result['machine'].get('gpu', 'CPU'))}", *kind(result)]
     readme = HERE / "README.md"
     begin, end = "<!-- tables -->", "<!-- end of tables -->"

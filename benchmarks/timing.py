@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -117,33 +118,34 @@ def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callabl
         step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler talks otherwise
     state = [v for s in optimizer.state.values() for v in s.values()]
     held = sum(storages([*model.parameters(), *model.buffers(), *state]).values())
+    return held + max(itertools.accumulate(allocations(step), initial=0))
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation of a call on CPU, and negative those of every release, in order; what it returns lives until the end."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler talks otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        result = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return held + most
+    del result
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that the graph of one forward pass keeps for its backward pass; the model's own tensors do not count."""
-    own = storages([*model.parameters(), *model.buffers()])
-    kept: dict[int, int] = {}
+def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Bytes that one forward pass leaves behind, which is what its graph keeps for the backward pass.
 
-    def pack(t: Tensor) -> Tensor:
-        kept.update(storages([t]))
-        return t.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = forward()
-        total = sum(n for address, n in kept.items() if address not in own)
+    Not told by hooks on saved tensors: where such hooks are, masks keep more.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        return sum(allocations(forward))
+    before = torch.cuda.memory_allocated(device)
+    loss = forward()
+    found = torch.cuda.memory_allocated(device) - before
     del loss
-    return total
+    return found
 
 
 def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from hf_purify.errors import ConfigError, IndexMismatch
@@ -95,6 +98,66 @@ class _Undo:
         self.remove = call
 
 
+# What makes an activation once more from what its node in the graph keeps anyway: the names of that, and the function of it.
+# GPT-2's activation and gated units (SwiGLU) end in a product.
+_AGAIN: dict[str, tuple[tuple[str, ...], Callable[[Any], Callable[..., Tensor]]]] = {
+    "GeluBackward0": (("self",), lambda node: partial(F.gelu, approximate=node._saved_approximate)),
+    "SiluBackward0": (("self",), lambda node: F.silu),
+    "MulBackward0": (("self", "other"), lambda node: torch.mul),
+}
+
+
+class _Product(torch.autograd.Function):
+    """`x * scale`; the gradient of `scale` needs `x`, which is not kept but made again from what is kept anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, again: Callable[..., Tensor], kept: list[Tensor]) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(scale, *kept)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *kept = ctx.saved_tensors
+        of_scale = (grad * ctx.again(*kept)).sum_to_size(scale.shape)  # first, while little else is held
+        return grad * scale, of_scale, None, None
+
+
+def _product(x: Tensor, scale: Tensor) -> Tensor:
+    """`x * scale`, with the gradients of the plain product; behind an activation function it does without a copy of `x`."""
+    if scale.requires_grad and not _traced(x, scale) and (source := _source(x)):
+        return _Product.apply(x, scale, *source)
+    return x * scale
+
+
+def _traced(*tensors: Tensor) -> bool:
+    """Whether more than plain autograd looks on: compilers, `torch.func`, forward mode, subclasses of tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) is not Tensor or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    )
+
+
+def _source(x: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]] | None:
+    """What makes `x` again, and from what; none where `x` was changed in place, or where hooks have packed what it needs.
+
+    Gradient checkpointing packs so, and so does offloading: to unpack means to compute or to copy. Older versions of torch do not tell.
+    """
+    node: Any = x.grad_fn
+    if node is None or node.name() not in _AGAIN or x._version or not x.is_floating_point():
+        return None
+    names, function = _AGAIN[node.name()]
+    try:
+        if any(getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", True) is not None for name in names):
+            return None
+        kept = [getattr(node, f"_saved_{name}") for name in names]
+    except RuntimeError:  # a backward pass has freed them
+        return None
+    return None if any(k is None for k in kept) else (function(node), kept)
+
+
 def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias: bool) -> list[Any]:
     """Scale a group where its activations pass: a norm's own scale, a layer's input, or a layer's output.
 
@@ -107,7 +170,7 @@ def _activation_hooks(model: nn.Module, group: NeuronGroup, views: _Views, bias:
     axis = 1 if _is_conv(module) else -1
 
     def gate(x: Tensor) -> Tensor:
-        return x * shaped(spread(views()[group.name], group.gate).to(x.device, x.dtype), x.dim(), axis)
+        return _product(x, shaped(spread(views()[group.name], group.gate).to(x.device, x.dtype), x.dim(), axis))
 
     if group.role != "head":
         return [module.register_forward_pre_hook(lambda _, inputs: (gate(inputs[0]), *inputs[1:]))]

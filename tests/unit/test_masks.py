@@ -1,16 +1,25 @@
-"""Masks: partial ones, other dtypes and layouts, ties, and files that do not fit."""
+"""Masks: partial ones, other dtypes and layouts, ties, what their gradients need, and files that do not fit."""
 
 from __future__ import annotations
 
 import copy
+import gc
+import math
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from hf_purify import masks
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, IndexMismatch
 from hf_purify.masks import bake, load_mask, masked, save_mask
@@ -343,3 +352,306 @@ def test_other_safetensors_are_no_masks(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(4)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IndexMismatch, match="is no neuron mask: expected format 'hf-purify/1', got 'pt'"):
         load_mask(tmp_path / "model.safetensors", index)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """As transformers writes it for GPT-2."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether the mask can do without a copy of what it gives
+    "gelu": (functional.gelu, True),
+    "gelu tanh": (lambda x: functional.gelu(x, approximate="tanh"), True),
+    "gelu_new": (gelu_new, True),
+    "quick gelu": (quick_gelu, True),
+    "silu": (functional.silu, True),
+    "SwiGLU": (lambda x: functional.silu(x) * x.flip(-1), True),
+    "relu": (torch.relu, False),
+    "tanh": (torch.tanh, False),
+    "squared relu": (lambda x: torch.relu(x).square(), False),
+    "hardswish": (functional.hardswish, False),
+    "half": (lambda x: x * 0.5, False),
+    "dropout": (lambda x: functional.dropout(functional.gelu(x), 0.5), False),
+    "silu in place": (lambda x: functional.silu(x * 2, inplace=True), False),
+    "changed in place": (lambda x: functional.gelu(x).mul_(2), False),
+    "changed unseen": (lambda x: without_graph(functional.gelu(x)), False),
+    "view": (lambda x: functional.gelu(x).flatten(0, 1), False),
+}
+activations = pytest.mark.parametrize(("act", "again"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+def without_graph(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x.mul_(2)
+
+
+class Block(nn.Module):
+    """Hidden units behind an activation function; `run` is how the two of them are called."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor], run: Callable[..., Tensor] = lambda call, x: call(x)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.act, self.run = nn.Linear(6, 8), nn.Linear(8, 5), act, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(lambda v: self.second(self.act(self.first(v))), x)
+
+
+HIDDEN = NeuronIndex((NeuronGroup("second", 8, (ParamSlice("second.weight", 1),), "hidden"),))
+
+
+def inputs(requires_grad: bool = True) -> Tensor:
+    return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1), requires_grad=requires_grad)
+
+
+def values() -> nn.Parameter:
+    return nn.Parameter(torch.linspace(0, 1, 8))
+
+
+def gradients(model: nn.Module, twice: bool = False, **options: Any) -> list[Tensor]:
+    """Output, gradients of mask, input and weights, and with `twice` those of their norm."""
+    x, mask = inputs(), values()
+    torch.manual_seed(2)
+    with masked(model, HIDDEN, mask):
+        out = model(x)
+        wanted = [mask, x, *model.parameters()]
+        wanted = [w for i, w in enumerate(wanted) if w.requires_grad and all(w is not v for v in wanted[:i])]
+        found = torch.autograd.grad(out.float().pow(3).sum(), wanted, create_graph=twice, **options)
+        if twice:
+            found += torch.autograd.grad(sum(f.square().sum() for f in found), wanted, allow_unused=True, materialize_grads=True)
+    return [out.detach(), *found]
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Call something with masks that are nothing but products."""
+
+    def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_source", lambda x: None)
+            return function(*args, **options)
+
+    return call
+
+
+def made_again(out: Tensor) -> bool:
+    """Whether the graph of `out` has a mask that keeps nothing."""
+    nodes, seen = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    return any(n.name() == "_ProductBackward" for n in seen)
+
+
+@activations
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_a_plain_product_bit_by_bit(act: Any, again: bool, frozen: bool, plainly: Callable[..., Any]) -> None:
+    model = Block(act).requires_grad_(not frozen)
+    with masked(model, HIDDEN, values()):
+        assert made_again(model(inputs())) == again
+    for mine, plain in zip(gradients(model), plainly(gradients, model), strict=True):
+        assert torch.equal(mine, plain)
+
+
+@activations
+def test_gradients_of_gradients_are_those_of_a_plain_product(act: Any, again: bool, plainly: Callable[..., Any]) -> None:
+    model = Block(act).double()
+    model.register_forward_pre_hook(lambda _, xs: xs[0].double())
+    found = gradients(model, twice=True), plainly(gradients, model, twice=True)
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "silu", "SwiGLU", "gelu_new"])
+def test_low_precision_has_the_gradients_of_a_plain_product(dtype: torch.dtype, autocast: bool, name: str, plainly: Any) -> None:
+    model = Block(ACTIVATIONS[name][0]).to(dtype)
+    model.register_forward_pre_hook(lambda _, xs: xs[0].to(dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with masked(model, HIDDEN, values()):
+            assert made_again(model(inputs()))
+        found = gradients(model), plainly(gradients, model)
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*found, strict=True))
+
+
+def test_mask_behind_an_activation_function_keeps_nothing_of_it(plainly: Callable[..., Any]) -> None:
+    """The hidden activation is gone once the forward pass is over, and a plain product would have kept it."""
+
+    def lives(act: Callable[[Tensor], Tensor]) -> bool:
+        seen = []
+
+        def watched(x: Tensor) -> Tensor:
+            y = act(x)
+            seen.append(weakref.ref(y))
+            return y
+
+        model = Block(watched).requires_grad_(False)
+        with masked(model, HIDDEN, values()):
+            out = model(inputs())
+            gc.collect()
+            alive = seen[0]() is not None
+            out.sum().backward()
+        return alive
+
+    for name in ("gelu", "gelu tanh", "silu"):
+        act = ACTIVATIONS[name][0]
+        assert not lives(act)
+        assert plainly(lives, act)
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes that a call leaves behind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = profile.profiler.kineto_results.events()
+    del result
+    return sum(e.nbytes() for e in events if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("name", [n for n, (_, again) in ACTIVATIONS.items() if again])
+def test_graph_is_smaller_by_the_hidden_activations(name: str, plainly: Callable[..., Any]) -> None:
+    model, x = Block(ACTIVATIONS[name][0]).requires_grad_(False), inputs()
+    with masked(model, HIDDEN, values()):
+        model(x)
+        saved = plainly(allocated, lambda: model(x)) - allocated(lambda: model(x))
+    assert saved >= 3 * 4 * 8 * 4
+
+
+def on_cpu(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return call(x)
+
+
+def checkpointed(reentrant: bool) -> Callable[..., Tensor]:
+    return lambda call, x: checkpoint(call, x, use_reentrant=reentrant)
+
+
+class Parts(Block):
+    """One of the two parts runs under hooks on saved tensors, the other does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.run(lambda v: self.act(self.first(v)), x) if self.early else self.act(self.first(x))
+        return self.second(hidden) if self.early else self.run(self.second, hidden)
+
+
+RUNS = {"checkpoint": checkpointed(False), "reentrant": checkpointed(True), "save_on_cpu": on_cpu}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("part", ["whole", "activation", "layer"])
+@pytest.mark.parametrize("name", ["gelu", "silu", "SwiGLU"])
+def test_packed_tensors_are_left_alone(run: Any, part: str, name: str, plainly: Callable[..., Any]) -> None:
+    """Gradient checkpointing and offloading, of the block or of a part: the same gradients, and what they packed is unpacked as often."""
+    model = Block(ACTIVATIONS[name][0], run) if part == "whole" else Parts(ACTIVATIONS[name][0], run)
+    model.early = part == "activation"
+
+    def backward() -> tuple[list[Tensor | None], int]:
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        handle = model.first.register_forward_hook(count)
+        x, mask = inputs(), values()
+        model.zero_grad()
+        with masked(model, HIDDEN, mask):
+            model(x).pow(3).sum().backward()
+        handle.remove()
+        return [mask.grad, x.grad, *(None if p.grad is None else p.grad.clone() for p in model.parameters())], calls
+
+    (mine, calls), (plain, expected) = backward(), plainly(backward)
+    assert calls == expected
+    for a, b in zip(mine, plain, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_graph_can_be_walked_again_only_if_it_was_retained() -> None:
+    model, mask = Block(functional.gelu), values()
+    with masked(model, HIDDEN, mask):
+        loss = model(inputs()).square().sum()
+        first = torch.autograd.grad(loss, mask, retain_graph=True)[0]
+        second = torch.autograd.grad(loss, mask)[0]
+        assert torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, mask)
+
+
+def test_activation_that_was_used_elsewhere_and_freed() -> None:
+    """Where another backward pass has freed what the activation function kept, the mask still has its gradient."""
+    hidden: list[Tensor] = []
+    model, mask = Block(lambda x: hidden.append(functional.gelu(x)) or hidden[-1]), values()
+    with masked(model, HIDDEN, mask):
+        expected = torch.autograd.grad(model(inputs()).square().sum(), mask)[0]
+        out = model(inputs())
+        hidden[-1].sum().backward()
+        assert torch.equal(torch.autograd.grad(out.square().sum(), mask)[0], expected)
+        out = model.second(hidden[-1])  # freed before the mask
+        assert not made_again(out)
+        assert torch.equal(torch.autograd.grad(out.square().sum(), mask)[0], expected)
+
+
+def test_input_of_the_activation_changed_in_place_is_found() -> None:
+    kept: list[Tensor] = []
+    model, mask = Block(lambda x: kept.append(x) or functional.gelu(x)), values()
+    with masked(model, HIDDEN, mask):
+        out = model(inputs())
+        with torch.no_grad():
+            kept[-1].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), mask)
+
+
+def test_activation_changed_in_place_behind_the_mask() -> None:
+    """A plain product refuses; what is made again is what was multiplied."""
+    kept: list[Tensor] = []
+    model, mask = Block(lambda x: kept.append(functional.gelu(x)) or kept[-1]), values()
+    with masked(model, HIDDEN, mask):
+        expected = torch.autograd.grad(model(inputs()).sum(), mask)[0]
+        out = model(inputs())
+        kept[-1].add_(1)
+        assert torch.equal(torch.autograd.grad(out.sum(), mask)[0], expected)
+
+
+def test_compiled_and_transformed_models_have_plain_products() -> None:
+    model = Block(functional.gelu).requires_grad_(False)
+    x, mask = inputs(), values()
+    expected = gradients(model)
+    with masked(model, HIDDEN, mask):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled(x).pow(3).sum().backward()
+        torch.testing.assert_close([mask.grad, x.grad], expected[1:])
+        outer = torch.func.grad(lambda v: model(v).pow(3).sum())
+        torch.testing.assert_close(outer(x), expected[2])
+        each = torch.func.vmap(outer)(x.detach())
+        torch.testing.assert_close(each, expected[2])
+        _, tangent = torch.func.jvp(lambda v: model(v).pow(3).sum(), (x.detach(),), (torch.ones(x.shape),))
+        torch.testing.assert_close(tangent, expected[2].sum())
+        with forward_ad.dual_level():
+            out = model(forward_ad.make_dual(x, torch.ones(x.shape))).pow(3).sum()
+            torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, expected[2].sum())
+        out = model(x)
+        assert made_again(out)
+        batched = torch.autograd.grad(out, [mask, x], torch.ones(2, *out.shape), is_grads_batched=True, retain_graph=True)
+        single = torch.autograd.grad(out, [mask, x], torch.ones(out.shape))
+        for b, s in zip(batched, single, strict=True):
+            torch.testing.assert_close(b[1], s)
+    torch.compiler.reset()
+
+
+def test_fixed_masks_and_frozen_inputs_are_plain_products() -> None:
+    model = Block(functional.gelu)
+    with masked(model, HIDDEN, torch.rand(8)):
+        assert not made_again(model(inputs()))
+    model.first.requires_grad_(False)
+    with masked(model, HIDDEN, values()):
+        assert not made_again(model(inputs(requires_grad=False)))
+        with torch.no_grad():
+            assert model(inputs()).grad_fn is None
