@@ -24,10 +24,10 @@ from timing import context, finish, interleaved, machine, ratio, seconds, summar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.loop import Task
 from hf_purify.method import Context, Verdict
 from hf_purify.methods.nft import NFT, NFTConfig, floors
 from hf_purify.methods.rnp import RNP, RNPConfig
+from hf_purify.task import Task
 from hf_purify_adapters.vision import VisionAdapter
 from hf_purify_adapters.vision.examples import ImageExamples
 

@@ -6,11 +6,11 @@ import torch
 
 from hf_purify.adapter import Examples
 from hf_purify.errors import DataError
-from hf_purify.loop import evaluate
 from hf_purify.lora import units
 from hf_purify.method import Context
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.session import Session
+from hf_purify.task import evaluate
 
 
 def read_clean(session: Session, recipe: PurifyRecipe) -> Examples:

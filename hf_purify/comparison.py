@@ -18,13 +18,13 @@ from torch import Tensor
 from hf_purify.adapter import Examples
 from hf_purify.bench import Bench, Figures, figures, make_row, open_bench
 from hf_purify.clean import make_context, read_clean
-from hf_purify.loop import snapshot
 from hf_purify.masks import bake
 from hf_purify.method import Context, Method, Verdict
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
 from hf_purify.report import Row
 from hf_purify.session import Session, open_session
+from hf_purify.task import snapshot
 
 log = logging.getLogger(__name__)
 

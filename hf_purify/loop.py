@@ -15,7 +15,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,50 +22,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_purify.adapter import Adapter, Batch, Examples, Loaded
+from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
+from hf_purify.task import Task, fetch, mode
 
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
 POOL = 50  # batches among which samples of like length are put together
 WARM_UP = 1 / 25  # share of the rate that a warm-up starts at, as torch's OneCycleLR does: the first step counts
-
-
-@dataclass
-class Task:
-    """What there is to train on: a model, its modality, clean samples, and a source of randomness.
-
-    Args:
-        model: the network, on `accelerator.device`.
-        adapter: its modality.
-        data: the samples to learn from.
-        generator: CPU generator; the only source of randomness.
-        augmentation: name of the adapter's augmentation, `none` for none.
-        fixed: names of parameters that stay as they are.
-    """
-
-    model: nn.Module
-    adapter: Adapter
-    data: Examples
-    generator: torch.Generator
-    accelerator: Accelerator
-    augmentation: str = "none"
-    fixed: frozenset[str] = field(default=frozenset(), kw_only=True)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What a repair may train."""
-        return [p for n, p in movable(self.model).items() if n not in self.fixed]
-
-    def logits(self, batch: Batch) -> Tensor:
-        """What the model says, from a batch on any device."""
-        return self.adapter.logits(self.model, {k: v.to(self.device) for k, v in batch.items()})
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Clean loss per example `(B,)`."""
-        return self.adapter.loss(self.model, batch)
 
 
 @dataclass(frozen=True)
@@ -145,42 +106,9 @@ def batches(n: int, config: TrainConfig, generator: torch.Generator, lengths: Te
         yield from (ready[i] for i in torch.randperm(len(ready), generator=generator).tolist())
 
 
-def by_length(data: Examples, batch_size: int) -> tuple[Tensor, ...]:
-    """All samples in batches, those of like length together."""
-    order = torch.arange(len(data)) if data.lengths is None else data.lengths.argsort(stable=True)
-    return order.split(batch_size)
-
-
 def steps_of(n: int, config: TrainConfig) -> int:
     """Optimizer steps that a config asks for on `n` samples."""
     return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(n / config.batch_size)
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, kind: str) -> Iterator[None]:
-    """Put a model into `train`, `eval` or `frozen_norm` mode and back."""
-    before = {m: m.training for m in model.modules()}
-    model.train(kind != "eval")
-    if kind == "frozen_norm":
-        for module in model.modules():
-            if isinstance(module, BATCH_NORM):
-                module.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-def movable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a repair may move, by name: all of floating point; of a model with a LoRA in it those of the LoRA alone."""
-    found = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
-    return {n: p for n, p in found.items() if ".lora_" in n or ".modules_to_save." in n} or found
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers, on the CPU."""
-    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 @contextlib.contextmanager
@@ -229,15 +157,6 @@ def _prepared(task: Task, params: list[nn.Parameter], config: TrainConfig) -> It
         yield optimizer
     finally:
         task.accelerator._optimizers.remove(optimizer)
-
-
-def fetch(task: Task, indices: Tensor, augment: bool = False) -> Batch:
-    """Samples of the task on its device, this process's share of them, augmented if asked."""
-    world, rank = task.accelerator.num_processes, task.accelerator.process_index
-    batch = task.data.batch(indices[rank::world] if world > 1 else indices)
-    if augment and task.augmentation != "none":
-        batch = task.adapter.augment(batch, task.generator, task.augmentation)
-    return {k: v.to(task.device, non_blocking=True) for k, v in batch.items()}
 
 
 def train(
@@ -330,29 +249,3 @@ def _check(losses: list[Tensor], title: str) -> None:
         raise Diverged(
             f"{title or 'training'}: the loss became {recent[bad][0].item()} at step {step}; lower the learning rate, or check the model's weights"
         )
-
-
-@torch.no_grad()
-def evaluate(task: Task, data: Examples, batch_size: int = 256, title: str = "") -> Tensor:
-    """Predicted classes `(n,)` for all samples of a classifier, in eval mode."""
-    found = _over(task, data, batch_size, title, lambda batch: task.adapter.predict(task.model, batch).tolist())
-    return torch.tensor(found, dtype=torch.long)
-
-
-@torch.no_grad()
-def observe(task: Task, data: Examples, loaded: Loaded, batch_size: int = 256, title: str = "") -> list[Any]:
-    """What the model does with each sample, as its adapter observes it, in eval mode."""
-    return _over(task, data, batch_size, title, lambda batch: task.adapter.observe(task.model, batch, loaded))
-
-
-def _over(task: Task, data: Examples, batch_size: int, title: str, call: Callable[[Batch], list[Any]]) -> list[Any]:
-    """One value a sample, from batches of samples of like length."""
-    found: list[Any] = [None] * len(data)
-    hidden = None if task.accelerator.is_main_process else True
-    with mode(task.model, "eval"):
-        for indices in tqdm(by_length(data, batch_size), desc=title or "evaluate", delay=2.0, leave=False, disable=hidden):
-            batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
-            with task.accelerator.autocast():
-                for i, value in zip(indices.tolist(), call(batch), strict=True):
-                    found[i] = value
-    return found

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError, UnsafeCheckpoint
 from hf_purify.hub import ALLOWED, pickle_error
-from hf_purify.loop import movable
 from hf_purify.neurons import NeuronIndex
+from hf_purify.task import movable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LIBRARIES = ("transformers", "timm", "torch", "torchvision")  # whose models an adapter may name as its base

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
-from hf_purify.loop import Task, by_length, mode
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
+from hf_purify.task import Task, by_length, mode
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_purify.adapter import Batch, StandIn
-from hf_purify.loop import BATCH_NORM, Task, TrainConfig, fetch, mode, train
+from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
+from hf_purify.task import BATCH_NORM, Task, fetch, mode
 
 
 @dataclass(frozen=True)

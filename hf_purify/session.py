@@ -14,10 +14,10 @@ from accelerate.utils import set_seed
 from hf_purify import hub, lora
 from hf_purify.adapter import Adapter, Examples, Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
-from hf_purify.loop import Task, snapshot
 from hf_purify.merged import merge
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
+from hf_purify.task import Task, snapshot
 
 
 @dataclass

@@ -36,9 +36,10 @@ IMPORT_NAMES = {
 LAYERS = [
     {"errors"},
     {"neurons"},
-    {"metrics"},
+    {"metrics", "tracing"},
     {"adapter", "discovery", "masks"},
-    {"loop", "salience", "triggers"},
+    {"salience", "task", "triggers"},
+    {"loop"},
     {"routines"},
     {"method"},
     {"methods"},

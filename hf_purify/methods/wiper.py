@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_purify.errors import ConfigError
-from hf_purify.loop import TrainConfig, fetch
+from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.neurons import NeuronIndex, ParamSlice, get_tensor, owned
 from hf_purify.routines import relearn
 from hf_purify.salience import benign_salience
+from hf_purify.task import fetch
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.discovery import axes, discover
+from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.neurons import NeuronIndex, ParamSlice
+from hf_purify.tracing import axes
 
 
 def find(model: nn.Module, x: Tensor, classes: int = 5) -> NeuronIndex:

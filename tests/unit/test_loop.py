@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_purify.errors import ConfigError, DataError, Diverged
-from hf_purify.loop import Task, TrainConfig, batches, evaluate, mode, steps_of, train, trainable
+from hf_purify.loop import TrainConfig, batches, steps_of, train, trainable
+from hf_purify.task import Task, evaluate, mode
 
 
 class Rows:

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from hf_purify.adapter import Adapter
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError
-from hf_purify.loop import Task, TrainConfig, evaluate, mode, train
+from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import MASK_NAME, bake
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
 from hf_purify.registry import find, make_method
 from hf_purify.routines import SPARSITY, costs, forgetting_level, recover, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
+from hf_purify.task import Task, evaluate, mode
 
 CLASSES = 4
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from hf_purify import implant, measure, purify
 from hf_purify.adapter import Loaded, Tiny
 from hf_purify.errors import ConfigError, DataError
-from hf_purify.loop import Task, TrainConfig, batches, by_length, observe
+from hf_purify.loop import TrainConfig, batches
+from hf_purify.task import Task, by_length, observe
 from hf_purify_adapters.text import TextAdapter
 from hf_purify_adapters.text.examples import IGNORED, TextExamples, cut
 from hf_purify_adapters.text.prompts import CAUSAL, CLASSIFIER, SEQ2SEQ, Prompt
