@@ -82,13 +82,21 @@ def lower_bound(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStac
     return Variant(own, sgd([scalar]), own)
 
 
+def masked_twin(
+    model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack, level: str = "activation"
+) -> tuple[nn.Module, nn.Parameter]:
+    """A frozen copy under a mask of hf-purify that is learned, while the stack is open."""
+    own = twin(model)
+    mask = nn.Parameter(torch.ones(len(index), device=next(own.parameters()).device))
+    stack.enter_context(masked(own, index, mask, level=level))
+    return own, mask
+
+
 def library(level: str) -> Callable[..., Variant]:
     """The masks of hf-purify, at one of their two levels."""
 
     def make(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
-        own = twin(model)
-        mask = nn.Parameter(torch.ones(len(index), device=next(own.parameters()).device))
-        stack.enter_context(masked(own, index, mask, level=level))
+        own, mask = masked_twin(model, index, stack, level)
         return Variant(own, sgd([mask]), own)
 
     return make

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from masks import matrix_rate, twin
+from masks import masked_twin, matrix_rate, twin
 from timing import finish, flops, interleaved, machine, ratio, saved_bytes, seconds, step_bytes, summary, table
 from torch import Tensor, nn
 
@@ -156,9 +156,7 @@ def library(loss: Callable[[nn.Module, Batch], Tensor]) -> Callable[..., Variant
     """The masks of hf-purify."""
 
     def make(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
-        own = twin(model)
-        mask = nn.Parameter(torch.ones(len(index), device=next(own.parameters()).device))
-        stack.enter_context(masked(own, index, mask))
+        own, mask = masked_twin(model, index, stack)
         return Variant(own, adamw([mask]), loss)
 
     return make

@@ -125,8 +125,7 @@ class Adapter(ABC):
     task: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]  # kinds of network that `tiny` makes
     columns: ClassVar[tuple[str, ...]] = ("label",)  # roles that columns of a data set can have
-    prompt_settings: ClassVar[tuple[str, ...]] = ()  # settings of the recipe that say how a model is fed
-    picture_settings: ClassVar[tuple[str, ...]] = ()  # those that say how pictures are laid out
+    settings: ClassVar[tuple[str, ...]] = ()  # those of a recipe's settings of single modalities that this one has
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Is a checkpoint with this `config.json` one of the modality? Else it takes it only where it is named."""

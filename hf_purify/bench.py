@@ -32,10 +32,21 @@ class Bench:
 
 @dataclass
 class Figures:
-    """What one model did with each sample of the clean test set and of each triggered view, as its adapter observes it."""
+    """What one model did with each sample of the clean test set and of each triggered view, and how its adapter judges that.
 
-    clean: list[Any] | None
-    triggered: dict[str, list[Any]]
+    Args:
+        clean: an observation of each clean sample; None where there is no test set.
+        triggered: by trigger.
+        accuracy, utility: as `Adapter.judge` gives them.
+        asr, robust: as `Adapter.judge_attack` gives them, of all triggers.
+    """
+
+    clean: list[Any] | None = None
+    triggered: dict[str, list[Any]] = field(default_factory=dict)
+    accuracy: Proportion | None = None
+    utility: dict[str, float] = field(default_factory=dict)
+    asr: dict[str, Proportion] = field(default_factory=dict)
+    robust: dict[str, Proportion] = field(default_factory=dict)
 
 
 def open_bench(session: Session) -> Bench:
@@ -98,10 +109,16 @@ def read_test(session: Session, recipe: Recipe) -> Examples:
 def figures(session: Session, bench: Bench) -> Figures:
     """Observe everything that a row of the table needs."""
     if bench.clean is None:
-        return Figures(None, {})
+        return Figures()
     task = session.task(bench.clean)
     clean = observe(task, bench.clean, session.loaded, title="clean accuracy")
-    return Figures(clean, {n: observe(task, p.examples, session.loaded, title=f"ASR {n}") for n, p in bench.triggered.items()})
+    found = Figures(clean, {}, *bench.adapter.judge(clean, bench.clean))
+    for name, view in bench.triggered.items():
+        found.triggered[name] = observe(task, view.examples, session.loaded, title=f"ASR {name}")
+        asr, robust = bench.adapter.judge_attack(name, found.triggered[name], view.examples, view.labels, view.targets)
+        found.asr |= asr
+        found.robust |= robust
+    return found
 
 
 def make_row(
@@ -113,35 +130,14 @@ def make_row(
     seconds: float | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Row:
-    """Turn observations into one row of the table; DER and McNemar's p-value compare with `before`."""
-    accuracy, utility = _judged(found, bench)
-    asr, ra = _attacks(found, bench)
+    """Turn figures into one row of the table; DER and McNemar's p-value compare with `before`."""
     der: dict[str, float | None] = {}
     notes = dict(notes or {})
-    base = _judged(before, bench)[0] if before is not None else None
-    if before is not None and base is not None and accuracy is not None and bench.clean is not None:
-        old = _attacks(before, bench)[0]
-        der = {n: defense_effectiveness_rating(old[n].value, asr[n].value, base.value, accuracy.value) for n in asr}
+    if before is not None and before.accuracy is not None and found.accuracy is not None and bench.clean is not None:
+        base, accuracy = before.accuracy.value, found.accuracy.value
+        der = {n: defense_effectiveness_rating(before.asr[n].value, asr.value, base, accuracy) for n, asr in found.asr.items()}
         notes["mcnemar_p"] = mcnemar(torch.tensor(before.clean), torch.tensor(found.clean), bench.clean.labels)
-    return Row(name, kind, accuracy, asr, ra, der, seconds, notes, utility)
-
-
-def _judged(found: Figures, bench: Bench) -> tuple[Proportion | None, dict[str, float]]:
-    """Clean accuracy and other figures of use."""
-    if found.clean is None or bench.clean is None:
-        return None, {}
-    return bench.adapter.judge(found.clean, bench.clean)
-
-
-def _attacks(found: Figures, bench: Bench) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
-    """Attack success rates and robust accuracies of all triggers."""
-    asr: dict[str, Proportion] = {}
-    ra: dict[str, Proportion] = {}
-    for name, view in bench.triggered.items():
-        rates, right = bench.adapter.judge_attack(name, found.triggered[name], view.examples, view.labels, view.targets)
-        asr |= rates
-        ra |= right
-    return asr, ra
+    return Row(name, kind, found.accuracy, found.asr, found.robust, der, seconds, notes, found.utility)
 
 
 def samples_of(session: Session, bench: Bench, before: Figures, after: Figures, count: int = 6) -> list[Sample]:

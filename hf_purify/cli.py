@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value
+from hf_purify.recipe import SINGULAR, ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value
 
 if TYPE_CHECKING:
     from hf_purify.report import Report
@@ -42,8 +42,7 @@ Target = Annotated[int, typer.Option("--target", help="Target class of the attac
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 
-# Options that are repeated on the command line have the singular as their name; the setting of the recipe has the plural.
-PLURALS = {"trigger": "triggers", "option": "options", "model_option": "model_options", "column": "columns"}
+PLURALS = {option: setting for setting, option in SINGULAR.items()}
 
 
 def _shared(

@@ -92,7 +92,7 @@ def _check_names(names: list[str], source: str) -> None:
 def check_folder(folder: Path, source: str) -> None:
     """Refuse a folder without safetensors, and a config that asks for code of its own."""
     _check_names([p.name for p in folder.iterdir() if p.is_file()], source)
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"):
         file = folder / name
         if not file.is_file():
             continue
@@ -100,11 +100,13 @@ def check_folder(folder: Path, source: str) -> None:
             config = json.loads(file.read_text("utf-8"))
         except ValueError as error:
             raise ModelError(f"'{name}' of '{source}' is no valid JSON: {error}") from error
-        if isinstance(config, dict) and "auto_map" in config:
+        if not isinstance(config, dict):
+            raise ModelError(f"'{name}' of '{source}' must hold a JSON object, got {type(config).__name__}")
+        if "auto_map" in config:
             raise UnsafeCheckpoint(
                 f"'{source}' wants to run its own code ({name}: auto_map); hf-purify never does. If the architecture is part of transformers, save the model under it first"
             )
-        private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"] if isinstance(config, dict) else []
+        private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"]
         if private:
             raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
 

@@ -7,7 +7,6 @@ it stays as it is, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError, UnsafeCheckpoint
-from hf_purify.hub import ALLOWED, pickle_error
+from hf_purify.hub import ALLOWED, pickle_error, read_config
 from hf_purify.neurons import NeuronIndex
 from hf_purify.task import movable
 
@@ -44,15 +43,9 @@ def read_lora(folder: Path, source: str) -> dict[str, Any] | None:
         UnsafeCheckpoint: pickled weights, or a base with code of its own.
         ModelError: no LoRA, one with settings that are not known, or a whole checkpoint lies beside it.
     """
-    file = folder / CONFIG
-    if not file.is_file():
+    if not (folder / CONFIG).is_file():
         return None
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"'{CONFIG}' of '{source}' is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"'{CONFIG}' of '{source}' must hold a JSON object, got {type(config).__name__}")
+    config = read_config(folder, CONFIG)
     if any(folder.glob("model*.safetensors")):
         raise ModelError(f"'{source}' holds a checkpoint and an adapter, which transformers would apply to it: keep each in its own folder")
     if not (folder / WEIGHTS).is_file():
@@ -60,7 +53,7 @@ def read_lora(folder: Path, source: str) -> dict[str, Any] | None:
         raise pickle_error(source, pickled) if pickled else ModelError(f"'{source}' has an {CONFIG} and no {WEIGHTS}")
     mapping = config.get("auto_mapping") or {}
     library = str(mapping.get("parent_library") or "torch") if isinstance(mapping, dict) else str(mapping)
-    if "auto_map" in config or library.partition(".")[0] not in LIBRARIES:
+    if library.partition(".")[0] not in LIBRARIES:
         raise UnsafeCheckpoint(f"the adapter '{source}' is for a model with code of its own ('{library}'); hf-purify never runs such code")
     if str(config.get("peft_type")) != "LORA":
         raise ModelError(

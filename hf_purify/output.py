@@ -219,7 +219,7 @@ def versions() -> dict[str, str]:
 
 def command(recipe: Recipe) -> str:
     """The command line that repeats a job, as far as its inputs have names."""
-    from hf_purify.recipe import ImplantRecipe, PurifyRecipe
+    from hf_purify.recipe import SINGULAR, ImplantRecipe, PurifyRecipe
 
     job = "purify" if isinstance(recipe, PurifyRecipe) else "implant" if isinstance(recipe, ImplantRecipe) else "measure"
     settings = recipe.to_dict()
@@ -227,9 +227,7 @@ def command(recipe: Recipe) -> str:
     for key, value in settings.items():
         if key in ("overwrite", "output"):
             continue
-        flag = {"triggers": "trigger", "options": "option", "model_options": "model-option", "columns": "column"}.get(key, key).replace(
-            "_", "-"
-        )
+        flag = SINGULAR.get(key, key).replace("_", "-")
         if isinstance(value, bool):
             parts.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, dict):

@@ -16,6 +16,10 @@ from hf_purify.errors import ConfigError, checked_type, did_you_mean
 ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\{[^}]*\})(?=\s*(?:,|$))|[^,]+""")
 
 
+# Settings that the command line takes one by one, under a name in the singular.
+SINGULAR = {"triggers": "trigger", "options": "option", "model_options": "model_option", "columns": "column"}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What all jobs share.

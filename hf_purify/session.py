@@ -72,9 +72,6 @@ def open_session(recipe: Recipe) -> Session:
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe)
     adapter, loaded = load(recipe)
-    for name in ("to_rgb", "channels_last"):
-        if getattr(recipe, name) and name not in adapter.picture_settings:
-            raise ConfigError(f"the setting '{name}' is for models of pictures; this is one of {adapter.name}")
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
@@ -115,13 +112,14 @@ def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
     named = [find("adapter", recipe.adapter)()] if recipe.adapter else []
     if isinstance(recipe.model, (Loaded, torch.nn.Module)):
         adapter = named[0] if named else find("adapter", "vision")()
+        check_settings(recipe, adapter)
         loaded = recipe.model
         return adapter, loaded if isinstance(loaded, Loaded) else adapter.load(loaded, processor=recipe.processor, labels=recipe.labels)
     name = str(recipe.model)
     if isinstance(recipe, ImplantRecipe) and recipe.create:
         adapter = creator(recipe)
-        options = {**recipe.model_options, **prompt_settings(recipe, adapter)}
-        return adapter, adapter.create(name, recipe.classes or 0, labels=recipe.labels, **options)
+        check_settings(recipe, adapter)
+        return adapter, adapter.create(name, recipe.classes or 0, labels=recipe.labels, **recipe.model_options, **prompt(recipe))
     known = named or [find("adapter", n)() for n in names("adapter")]
     place = next((found for adapter in known if (found := adapter.locate(name))), name)
     pulled = hub.pull(place, recipe.revision)
@@ -160,20 +158,22 @@ def load_checkpoint(
         kinds = " and ".join(f"{a.task} ({a.name})" for a in known)
         raise ModelError(f"'{name}' is of no kind that can be repaired: its config names {', '.join(named)}; there is {kinds}")
     adapter = adapter or find("adapter", "vision")()
-    return adapter, adapter.load(pulled.folder, name=name, revision=pulled.revision, beside=beside, **prompt_settings(recipe, adapter))
+    check_settings(recipe, adapter)
+    return adapter, adapter.load(pulled.folder, name=name, revision=pulled.revision, beside=beside, **prompt(recipe))
 
 
-def prompt_settings(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
-    """The recipe's settings of how a model is fed, for an adapter that has such.
+def check_settings(recipe: Recipe, adapter: Adapter) -> None:
+    """Raises ConfigError where a setting is given that other modalities have and this one has not."""
+    owners = {n: find("adapter", n).settings for n in names("adapter")}
+    for name in dict.fromkeys(s for settings in owners.values() for s in settings):
+        if getattr(recipe, name, None) not in (None, False) and name not in adapter.settings:
+            theirs = " and ".join(n for n, settings in owners.items() if name in settings)
+            raise ConfigError(f"the setting '{name}' is for models of {theirs}; this is one of {adapter.name}")
 
-    Raises:
-        ConfigError: one is given, and the modality has none.
-    """
-    given = {k: v for k in ("template", "max_length", "cut") if (v := getattr(recipe, k)) is not None}
-    for name in given:
-        if name not in adapter.prompt_settings:
-            raise ConfigError(f"the setting '{name}' is for models of text; this is one of {adapter.name}")
-    return given
+
+def prompt(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says of how a model is fed, as far as it does."""
+    return {k: v for k in ("template", "max_length", "cut") if (v := getattr(recipe, k)) is not None}
 
 
 def creator(recipe: ImplantRecipe) -> Adapter:

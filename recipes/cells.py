@@ -2,21 +2,98 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_purify.comparison import open_comparison
+from hf_purify.errors import DataError, NotAVictim
 from hf_purify.recipe import PurifyRecipe
-from hf_purify.registry import make_method
+from hf_purify.registry import find, make_method, names
 from hf_purify.report import Row
 
+log = logging.getLogger(__name__)
 CLEAN = "none"  # the trigger of a network without a backdoor
 KEYS = ("network", "trigger", "method", "seed", "samples")
+
+
+def data_root(*folders: str) -> Path:
+    """The folder with the real data sets, which `HF_PURIFY_DATA` names.
+
+    Args:
+        folders: what it must hold, for the message.
+
+    Raises:
+        DataError: the variable is not set or names no folder.
+    """
+    root = os.environ.get("HF_PURIFY_DATA", "")
+    if not root or not Path(root).is_dir():
+        raise DataError(f"set HF_PURIFY_DATA to the folder with {', '.join(f'{f}/' for f in folders)}; it is '{root}'")
+    return Path(root)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Victims x methods x seeds of one modality.
+
+    Args:
+        about: what the command line says of itself.
+        recipe: makes the repair of `(network, trigger, seed, samples, folder)`.
+        networks, triggers: what runs where nothing is asked for.
+        samples: clean samples of a repair.
+        results: the JSON file of all cells.
+        write: writes the page from it.
+        cells: folder of the cells under the one that keeps victims and cells.
+        variants: `METHOD-VARIANT`: settings that are not the defaults, the same for all victims.
+        own: network -> the only trigger that it has.
+    """
+
+    about: str
+    recipe: Callable[[str, str, int, int, Path], PurifyRecipe]
+    networks: Sequence[str]
+    triggers: Sequence[str]
+    samples: int
+    results: Path
+    write: Callable[[], None]
+    cells: str
+    variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    own: Mapping[str, str] = field(default_factory=dict)
+
+    def main(self) -> None:
+        """Command line of the matrix."""
+        everything = sorted(names("method"), key=lambda n: (not find("method", n).control, n == "nft", n))
+        parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--networks", default=",".join(self.networks))
+        parser.add_argument("--triggers", default=",".join([*self.triggers, CLEAN]))
+        parser.add_argument("--methods", default=",".join([*everything, *self.variants]))
+        parser.add_argument("--seeds", default="0")
+        parser.add_argument("--samples", type=int, default=self.samples)
+        parser.add_argument("--folder", type=Path, default=Path("runs"))
+        parser.add_argument("--write", action="store_true", help="only collect the cells and write RESULTS.md")
+        chosen = parser.parse_args()
+        if not chosen.write:
+            for seed in (int(s) for s in chosen.seeds.split(",")):
+                for network in chosen.networks.split(","):
+                    for trigger in [self.own[network]] if network in self.own else chosen.triggers.split(","):
+                        self._victim(network, trigger, seed, chosen)
+        collect(chosen.folder / self.cells, self.results)
+        self.write()
+
+    def _victim(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace) -> None:
+        common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
+        recipe = partial(self.recipe, network, trigger, seed, chosen.samples, chosen.folder)
+        try:
+            run(recipe, chosen.folder / self.cells / network / trigger, common, chosen.methods.split(","), self.variants)
+        except NotAVictim as error:
+            log.warning("%s with %s: %s", network, trigger, error)
 
 
 def run(

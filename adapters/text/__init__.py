@@ -34,7 +34,7 @@ class TextAdapter(Adapter):
     task: ClassVar[str] = "text-classification"
     variants: ClassVar[tuple[str, ...]] = VARIANTS
     columns: ClassVar[tuple[str, ...]] = ("text", "pair", "label", "source", "target", "messages")
-    prompt_settings: ClassVar[tuple[str, ...]] = ("template", "max_length", "cut")
+    settings: ClassVar[tuple[str, ...]] = ("template", "max_length", "cut")
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         return kind_of(config) is not None
@@ -48,7 +48,7 @@ class TextAdapter(Adapter):
         """
         if isinstance(source, nn.Module):
             raise ModelError("a text model comes from a checkpoint folder, with its tokenizer; save both with save_pretrained first")
-        settings = {k: options.get(k) for k in self.prompt_settings}
+        settings = {k: options.get(k) for k in self.settings}
         loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings, options.get("beside"))
         check_weights(loaded.model)
         return loaded
@@ -58,7 +58,7 @@ class TextAdapter(Adapter):
 
     def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
         check_type(architecture)
-        settings = {k: options.pop(k, None) for k in self.prompt_settings}
+        settings = {k: options.pop(k, None) for k in self.settings}
         return new_model(architecture, classes, settings, **options)
 
     def record(self, loaded: Loaded) -> dict[str, Any]:

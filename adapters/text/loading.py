@@ -11,7 +11,7 @@ from torch import nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 
-from .._checkpoints import class_labels, copy_companions, load_model, read_config, read_head, read_records, saver, transformers_keys
+from .._checkpoints import class_labels, load_model, read_config, read_head, read_records, saver, transformers_keys
 from .prompts import CAUSAL, CLASSIFIER, LONGEST, SEQ2SEQ, Prompt
 
 TASKS = {CLASSIFIER: "text-classification", SEQ2SEQ: "text2text-generation", CAUSAL: "text-generation"}
@@ -208,6 +208,3 @@ def check_type(architecture: str) -> None:
     known = known_types()
     if architecture not in known:
         raise ConfigError(f"transformers has no text model of type '{architecture}'{did_you_mean(architecture, known)}")
-
-
-__all__ = ["check_type", "copy_companions", "kind_of", "known_types", "load_folder", "new_model"]

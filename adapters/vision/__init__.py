@@ -28,7 +28,7 @@ class VisionAdapter(Adapter):
     task: ClassVar[str] = "image-classification"
     variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
-    picture_settings: ClassVar[tuple[str, ...]] = ("to_rgb", "channels_last")
+    settings: ClassVar[tuple[str, ...]] = ("to_rgb", "channels_last")
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Image classifiers of transformers, and all of timm."""

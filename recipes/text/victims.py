@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_purify import implant
-from hf_purify.errors import DataError
 
+from ..cells import data_root as root
+
+data_root = partial(root, "sst2", "ag_news", "tokenizers")
 TRIGGERS = {
     "badnets": "badnets:words=tq",
     "addsent": "addsent",
@@ -45,18 +47,6 @@ NETWORKS = {
     "bert_sst2": Network("sst2", "validation.parquet", target=1, epochs=2),
     "bert_agnews": Network("ag_news", "train.parquet", target=1, epochs=4),
 }
-
-
-def data_root() -> Path:
-    """The folder with the real data sets.
-
-    Raises:
-        DataError: `HF_PURIFY_DATA` is not set or names no folder.
-    """
-    root = os.environ.get("HF_PURIFY_DATA", "")
-    if not root or not Path(root).is_dir():
-        raise DataError(f"set HF_PURIFY_DATA to the folder with sst2/, ag_news/ and tokenizers/; it is '{root}'")
-    return Path(root)
 
 
 def victim(network: str, trigger: str, folder: Path) -> Path:

@@ -8,22 +8,16 @@ A cell that is on disk is not run again. `HF_PURIFY_DATA` names the data; `--fol
 
 from __future__ import annotations
 
-import argparse
-import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_purify.errors import NotAVictim
 from hf_purify.recipe import PurifyRecipe
-from hf_purify.registry import find, names
 
 from .. import cells
 from . import victims
 from .networks import CIFAR_CLASSES, PLAIN, load_cifar
 from .results import RESULTS, write
 
-log = logging.getLogger(__name__)
 WRN = "wrn16_1"  # published with its backdoor by others
 VARIANTS: dict[str, dict[str, Any]] = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
     "rnp+ft_sam": {"rnp.max_loss": 0.3, "ft_sam.rho": 2.0, "ft_sam.epochs": 15},  # chosen on resnet20 with badnets
@@ -57,31 +51,18 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
     )
 
 
-def main() -> None:
-    """Command line of the matrix."""
-    everything = sorted(names("method"), key=lambda n: (not find("method", n).control, n == "nft", n))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=f"{WRN},resnet20")
-    parser.add_argument("--triggers", default=",".join([*victims.TRIGGERS, "none"]))
-    parser.add_argument("--methods", default=",".join([*everything, *VARIANTS]))
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--write", action="store_true", help="only collect the cells and write RESULTS.md")
-    chosen = parser.parse_args()
-    if not chosen.write:
-        for seed in (int(s) for s in chosen.seeds.split(",")):
-            for network in chosen.networks.split(","):
-                for trigger in ["grid"] if network == WRN else chosen.triggers.split(","):
-                    try:
-                        common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
-                        recipe = partial(recipe_of, network, trigger, seed, chosen.samples, chosen.folder)
-                        cells.run(recipe, chosen.folder / "cells" / network / trigger, common, chosen.methods.split(","), VARIANTS)
-                    except NotAVictim as error:
-                        log.warning("%s with %s: %s", network, trigger, error)
-    cells.collect(chosen.folder / "cells", RESULTS)
-    write()
-
+MATRIX = cells.Matrix(
+    about=__doc__ or "",
+    recipe=recipe_of,
+    networks=(WRN, "resnet20"),
+    triggers=tuple(victims.TRIGGERS),
+    samples=500,
+    results=RESULTS,
+    write=write,
+    cells="cells",
+    variants=VARIANTS,
+    own={WRN: "grid"},
+)
 
 if __name__ == "__main__":
-    main()
+    MATRIX.main()

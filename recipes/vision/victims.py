@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import nn
 from torchvision import transforms
 
 from hf_purify import implant
-from hf_purify.errors import DataError
 
+from ..cells import data_root as root
 from .networks import CIFAR_CLASSES, NORMALIZED, load_cifar
 
+data_root = partial(root, "cifar10", "gtsrb", "weights")
 TRIGGERS = {
     "badnets": "badnets:size=3,pattern=grid",
     "blended": "blended",
@@ -50,18 +51,6 @@ class Network:
     dataset: str
     base: dict[str, Any]
     implant: dict[str, Any]
-
-
-def data_root() -> Path:
-    """The folder with the real data sets.
-
-    Raises:
-        DataError: `HF_PURIFY_DATA` is not set or names no folder.
-    """
-    root = os.environ.get("HF_PURIFY_DATA", "")
-    if not root or not Path(root).is_dir():
-        raise DataError(f"set HF_PURIFY_DATA to the folder with cifar10/, gtsrb/ and weights/; it is '{root}'")
-    return Path(root)
 
 
 def _vit() -> nn.Module:
