@@ -47,32 +47,31 @@ class Matrix:
     Args:
         about: what the command line says of itself.
         recipe: makes the repair of `(network, trigger, seed, samples, folder)`.
-        networks, triggers: what runs where nothing is asked for.
+        networks: network -> its triggers; `none` among them is a network without a backdoor.
+        default: the networks that run where none is asked for.
         samples: clean samples of a repair.
         results: the JSON file of all cells.
         write: writes the page from it.
         cells: folder of the cells under the one that keeps victims and cells.
         variants: `METHOD-VARIANT`: settings that are not the defaults, the same for all victims.
-        own: network -> the only trigger that it has.
     """
 
     about: str
     recipe: Callable[[str, str, int, int, Path], PurifyRecipe]
-    networks: Sequence[str]
-    triggers: Sequence[str]
+    networks: Mapping[str, Sequence[str]]
+    default: Sequence[str]
     samples: int
     results: Path
     write: Callable[[], None]
     cells: str
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    own: Mapping[str, str] = field(default_factory=dict)
 
     def main(self) -> None:
         """Command line of the matrix."""
         everything = sorted(names("method"), key=lambda n: (not find("method", n).control, n == "nft", n))
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--networks", default=",".join(self.networks))
-        parser.add_argument("--triggers", default=",".join([*self.triggers, CLEAN]))
+        parser.add_argument("--networks", default=",".join(self.default))
+        parser.add_argument("--triggers", help="all that a network has, unless given")
         parser.add_argument("--methods", default=",".join([*everything, *self.variants]))
         parser.add_argument("--seeds", default="0")
         parser.add_argument("--samples", type=int, default=self.samples)
@@ -82,7 +81,9 @@ class Matrix:
         if not chosen.write:
             for seed in (int(s) for s in chosen.seeds.split(",")):
                 for network in chosen.networks.split(","):
-                    for trigger in [self.own[network]] if network in self.own else chosen.triggers.split(","):
+                    known = self.networks[network]
+                    asked = chosen.triggers.split(",") if chosen.triggers else known
+                    for trigger in (t for t in asked if t in known):
                         self._victim(network, trigger, seed, chosen)
         collect(chosen.folder / self.cells, self.results)
         self.write()

@@ -20,25 +20,26 @@ VARIANTS = {"neural_cleanse-long": {"steps": 140}}  # METHOD-VARIANT: settings t
 
 
 def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
-    """The repair of one victim; the trigger `none` is the clean network, measured with BadNets."""
+    """The repair of one victim; the trigger `none` is the network without a backdoor, measured with its first attack."""
     spec = victims.NETWORKS[network]
     data = victims.data_root() / spec.dataset
     return PurifyRecipe.make(
         model=str(victims.victim(network, trigger, folder / "victims" / "text")),
         clean=str(data / spec.clean),
         test=str(data / "test.parquet"),
-        triggers=[victims.TRIGGERS["badnets" if trigger == "none" else trigger]],
-        target=spec.target,
+        triggers=[victims.attack(network, trigger)],
+        columns=dict(spec.columns),
         samples=samples,
         seed=seed,
+        **({} if spec.target is None else {"target": spec.target}),
     )
 
 
 MATRIX = cells.Matrix(
     about=__doc__ or "",
     recipe=recipe_of,
-    networks=tuple(victims.NETWORKS),
-    triggers=tuple(victims.TRIGGERS),
+    networks={name: (*spec.triggers, cells.CLEAN) for name, spec in victims.NETWORKS.items()},
+    default=tuple(victims.NETWORKS),
     samples=200,
     results=RESULTS,
     write=write,

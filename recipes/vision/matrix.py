@@ -54,14 +54,13 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 MATRIX = cells.Matrix(
     about=__doc__ or "",
     recipe=recipe_of,
-    networks=(WRN, "resnet20"),
-    triggers=tuple(victims.TRIGGERS),
+    networks={WRN: ("grid",), **dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))},
+    default=(WRN, "resnet20"),
     samples=500,
     results=RESULTS,
     write=write,
     cells="cells",
     variants=VARIANTS,
-    own={WRN: "grid"},
 )
 
 if __name__ == "__main__":
