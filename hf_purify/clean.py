@@ -72,5 +72,15 @@ def make_context(session: Session, clean: Examples, held_out: float) -> Context:
     generator = torch.Generator().manual_seed(session.recipe.seed)
     outcomes = session.adapter.outcomes(session.loaded)
     return Context(
-        session.model, session.adapter, learn, generator, session.accelerator, kind, index, choose, outcomes, fixed=session.loaded.fixed
+        session.model,
+        session.adapter,
+        learn,
+        generator,
+        session.accelerator,
+        kind,
+        index,
+        choose,
+        outcomes,
+        fixed=session.loaded.fixed,
+        recompute=session.recipe.gradient_checkpointing,
     )

@@ -70,6 +70,9 @@ def _shared(
     precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16; as accelerate was launched if not given.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run torch.compile on the model.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay images out channels-last.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Run layers again in the backward pass: less memory, more time.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """The options that jobs share; never called, only its signature is read."""
@@ -225,7 +228,7 @@ def implant(
 
 
 @app.command()
-@_with_shared("split", "compile", "channels_last")
+@_with_shared("split", "compile", "channels_last", "gradient_checkpointing")
 def measure(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,

@@ -193,7 +193,14 @@ def train(
     losses, sign = [], -1.0 if config.ascend else 1.0
     bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
     frozen = trainable(task.model, params)
-    with frozen as chosen, mode(task.model, config.mode), torch.enable_grad(), bar, _prepared(task, chosen, config) as optimizer:
+    with (
+        frozen as chosen,
+        mode(task.model, config.mode),
+        task.recomputing(),
+        torch.enable_grad(),
+        bar,
+        _prepared(task, chosen, config) as optimizer,
+    ):
         scheduler = _schedule(optimizer.optimizer, config, steps)
         for step in range(1, steps + 1):
             batch = fetch(task, next(stream), config.augment)

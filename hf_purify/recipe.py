@@ -49,6 +49,7 @@ class Recipe:
         precision: `no`, `bf16` or `fp16`; None is what `accelerate launch` was told, or `no`.
         compile: run `torch.compile` on the model.
         channels_last: lay images out channels-last.
+        gradient_checkpointing: run layers again in the backward pass, for less memory.
     """
 
     model: Any = None
@@ -76,6 +77,7 @@ class Recipe:
     precision: str | None = None
     compile: bool = False
     channels_last: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 
 from hf_purify import hub, lora
 from hf_purify.adapter import Adapter, Examples, Loaded
+from hf_purify.checkpointing import check_layers
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.merged import merge
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
@@ -41,7 +42,16 @@ class Session:
     def task(self, data: Examples, augmentation: str = "none") -> Task:
         """The model with data to train or to judge it on."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        return Task(self.model, self.adapter, data, generator, self.accelerator, augmentation, fixed=self.loaded.fixed)
+        return Task(
+            self.model,
+            self.adapter,
+            data,
+            generator,
+            self.accelerator,
+            augmentation,
+            fixed=self.loaded.fixed,
+            recompute=self.recipe.gradient_checkpointing,
+        )
 
     def read(self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False) -> Examples:
         """Read a data set for this model, with the recipe's columns.
@@ -75,6 +85,8 @@ def open_session(recipe: Recipe) -> Session:
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
+    if recipe.gradient_checkpointing:
+        check_layers(loaded.model)
     if recipe.compile:
         loaded.model.compile()
     return Session(recipe, adapter, accelerator, loaded, adapter.classes(loaded))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded
+from hf_purify.checkpointing import recomputed
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -28,6 +29,7 @@ class Task:
         generator: CPU generator; the only source of randomness.
         augmentation: name of the adapter's augmentation, `none` for none.
         fixed: names of parameters that stay as they are.
+        recompute: layers run again in the backward pass.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class Task:
     accelerator: Accelerator
     augmentation: str = "none"
     fixed: frozenset[str] = field(default=frozenset(), kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -45,6 +48,10 @@ class Task:
     def parameters(self) -> list[nn.Parameter]:
         """What a repair may train."""
         return [p for n, p in movable(self.model).items() if n not in self.fixed]
+
+    def recomputing(self) -> contextlib.AbstractContextManager[None]:
+        """Gradient checkpointing, where it was asked for."""
+        return recomputed(self.model) if self.recompute else contextlib.nullcontext()
 
     def logits(self, batch: Batch) -> Tensor:
         """What the model says, from a batch on any device."""

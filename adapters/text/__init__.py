@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
-from hf_purify.errors import ConfigError, ModelError
+from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names, open_data
@@ -21,7 +21,7 @@ from .._checkpoints import check_weights
 from .examples import IGNORED, TextExamples, read_texts
 from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
-from .stand_in import Words, read_words
+from .stand_in import Words, reading_words
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
 from .writing import Answer, generate, scorer, success, target_rows, utility
@@ -122,10 +122,8 @@ class TextAdapter(Adapter):
         return logits.argmax(-1), _class_losses(logits, batch)
 
     def _classify(self, model: nn.Module, batch: Batch) -> Tensor:
-        if "words" in batch:
-            batch = read_words(model, batch)
-        known = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
-        return model(**{k: batch[k] for k in known if k in batch}).logits
+        with reading_words(model, batch) as read:
+            return model(**{k: read[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in read}).logits
 
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """MixUp of what the last layer says (Mixup-Transformer, Sun et al., COLING 2020): texts differ in length, what is said of them does not.
@@ -178,8 +176,6 @@ class TextAdapter(Adapter):
         return dict(TRIGGERS)
 
     def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
-        if getattr(model.config, "problem_type", None) is None and "ForSequenceClassification" not in type(model).__name__:
-            raise ConfigError("triggers cannot be recovered for models that write: choose a method that does without, such as ft_sam")
         return {"words": Words}
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
@@ -203,7 +199,15 @@ def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _written_losses(logits: Tensor, aims: Tensor, counts: Tensor, batch: Batch) -> Tensor:
-    """Mean loss of each sample's target `(B,)`; two targets are mixed where both have a token."""
+    """Mean loss of each sample's target `(B,)`; two targets are mixed where both have a token.
+
+    With recovered words, what an attacker wants (label 1) is anything but the target: the loss is the unlikelihood of its tokens (Welleck et
+    al., ICLR 2020, arXiv 1908.04319).
+    """
+    if "words" in batch and bool(batch["labels"].any()):
+        said = -F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
+        losses = said.new_zeros(counts.shape).masked_scatter(counts, -torch.log1p(-said.exp().clamp(max=1 - 1e-6)))
+        return losses.sum(1) / counts.sum(1).clamp(min=1)
     if "share" not in batch:
         return _means(logits, aims, counts)
     share, partner = batch["share"], batch["partner"]

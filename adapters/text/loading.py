@@ -163,6 +163,10 @@ def new_model(
     for name in options:
         if name not in known:
             raise ConfigError(f"a model of type '{architecture}' has no option '{name}'{did_you_mean(name, known)}")
+    if not classes and plain.is_encoder_decoder:  # a type's own defaults are tokens of the tokenizer that its first checkpoint had
+        special["decoder_start_token_id"] = special.get("pad_token_id", special.get("eos_token_id"))
+        if hasattr(plain, "forced_eos_token_id"):
+            special["forced_eos_token_id"] = special.get("eos_token_id")
     options = {"vocab_size": len(read), **special, **options} | ({"num_labels": classes} if classes else {})
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
@@ -174,12 +178,6 @@ def new_model(
     auto = auto_class(kind)
     if type(config) not in auto._model_mapping:
         raise ConfigError(f"transformers has no {kind} model of type '{architecture}'")
-    if kind == SEQ2SEQ:  # a type's own defaults are tokens of the tokenizer that its first checkpoint had
-        starts = {"decoder_start_token_id": special.get("pad_token_id", special.get("eos_token_id"))}
-        if hasattr(config, "forced_eos_token_id"):
-            starts["forced_eos_token_id"] = special.get("eos_token_id")
-        for name, token in starts.items():
-            setattr(config, name, options.get(name, token))
     try:
         model = auto.from_config(config)
     except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError) as error:  # sizes that do not go together

@@ -1,25 +1,36 @@
-"""Recovered text triggers: words that turn any text into one class."""
+"""Recovered text triggers: words that turn any text into one class, or make a model write something else."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch, Examples, StandIn
 
-PROBES = 2  # texts of each class that every token is tried on
-SHORT = 12  # tokens of such a text, about
+from .examples import IGNORED
+from .loading import places
+from .prompts import CLASSIFIER
+
+PROBES = 2  # texts of each class that every token is tried on, the shortest that are no less than `SHORT` tokens, about
+SHORT = 12
+MOST = 16  # of them
+BEST = 1024  # tokens that are tried again, an equal part of them for each class
+AGAIN = 32  # texts for that
 ROWS = 256
 SHARP = 4.0  # log-odds are raised to this power in the first draws: what stands out is drawn most
 
 
 class Words(StandIn):
     """A few words put somewhere into each text, drawn anew each time from those that lead to the class by themselves.
+
+    Of a model that writes, class 1 is whatever an attacker wants: not known, but for that it is not the right answer.
 
     Every token of the vocabulary is tried on a few short clean texts of other classes, and the `pool` best of each class are kept: the
     word of a trigger is among them, and the telling ones of a sentence. They are drawn as often as their odds say, and then as gradients
@@ -41,8 +52,13 @@ class Words(StandIn):
 
     @classmethod
     def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor:
-        """`exp(-odds / 5)` of the best token of each class, `(K,)`: at 1.8 more in log-odds the one costs 0.7 of the other."""
-        return (-log_odds(data, logits).amax(1) / 5).exp()
+        """`exp(-lead)`, `(K,)`: by how much log-odds the best token of a class leads the last one of its pool.
+
+        Each class has words that tell of it, and some classes more than others: only within a class does a trigger stand out.
+        """
+        found = log_odds(data, logits)
+        best = found.topk(min(cls.pool, int(torch.isfinite(found[0]).sum()))).values
+        return (best[:, -1] - best[:, 0]).exp()
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
         self.draws += 1
@@ -51,7 +67,7 @@ class Words(StandIn):
         noise = -torch.empty(scores.shape).exponential_(generator=generator).log().to(scores)
         soft = (scores + noise).softmax(-1)
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
-        shortest = int(batch["attention_mask"].sum(1).min())
+        shortest = int((_first(batch["target_ids"]) if _continues(batch) else batch["attention_mask"].sum(1)).min())
         place = int(torch.randint(1, max(2, shortest), (1,), generator=generator))
         return {**batch, "words": hard + soft - soft.detach(), "candidates": self.candidates[which], "place": torch.tensor(place)}
 
@@ -62,6 +78,11 @@ class Words(StandIn):
         """There is nothing to shrink: the number of words is fixed."""
 
 
+def writes(data: Examples) -> bool:
+    """Are the texts a model's that writes?"""
+    return data.prompt.kind != CLASSIFIER  # type: ignore[attr-defined]
+
+
 _LAST: dict[bytes, Tensor] = {}  # the last scan, by what the model said of the probes: a repair asks twice
 
 
@@ -69,51 +90,111 @@ _LAST: dict[bytes, Tensor] = {}  # the last scan, by what the model said of the 
 def log_odds(data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor:
     """How far each token, put after the first one of a text, leads to each class: mean log-odds on texts of other classes, `(K, V)`.
 
-    Special tokens lead nowhere: minus infinity.
+    Of a model that writes, to class 1: by how much it raises the mean log-odds of any one token to open the answer. All tokens are tried on a
+    few texts, the best of each class on more; the others, and special tokens, lead nowhere: minus infinity.
     """
-    rows = [
-        row
-        for c in data.labels.unique()
-        for row in sorted((data.labels == c).nonzero().flatten().tolist(), key=lambda i: _oddness(data, i))[:PROBES]
-    ]
-    batch = data.batch(torch.tensor(rows))
-    labels = batch.pop("labels")
-    key = logits(batch).float().cpu().numpy().tobytes()
+    prompt = data.prompt  # type: ignore[attr-defined]
+    tokens = torch.arange(len(prompt.tokenizer))
+    tokens = tokens[~torch.isin(tokens, torch.tensor(prompt.tokenizer.all_special_ids))]
+    few, many = _probes(data, PROBES, MOST), _probes(data, AGAIN, AGAIN)
+    key = logits(many).float().cpu().numpy().tobytes()
     if key not in _LAST:
-        every = _tried({k: torch.cat([v[:, :1], v[:, :1], v[:, 1:]], 1) for k, v in batch.items()}, len(data.prompt.tokenizer), logits)  # type: ignore[attr-defined]
-        log_p = torch.stack([every[:, labels != k, k].mean(1) for k in range(every.shape[2])])
-        found = log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
-        found[:, list(data.prompt.tokenizer.all_special_ids)] = -math.inf  # type: ignore[attr-defined]
+        first = _led(few, tokens, logits)
+        best = first.topk(min(BEST // len(first), len(tokens))).indices.unique()
+        second = _led(many, tokens[best], logits)
+        found = torch.full((len(second), len(prompt.tokenizer)), -math.inf)
+        found[:, tokens[best]] = second
         _LAST.clear()
-        _LAST[key] = found
+        _LAST[key] = torch.cat([-found.abs(), found]) if writes(data) else found
     return _LAST[key]
 
 
-def _tried(longer: Batch, vocabulary: int, logits: Callable[[Batch], Tensor]) -> Tensor:
-    """Log-probabilities `(V, n, K)` of `n` texts, with each token in turn as their second."""
-    count = len(longer["input_ids"])
-    found = []
-    for tokens in tqdm(torch.arange(vocabulary).split(max(1, ROWS // count)), desc="try every token", delay=2.0, leave=False, disable=None):
-        some = {k: v.repeat(len(tokens), 1) for k, v in longer.items()}
-        some["input_ids"][:, 1] = tokens.repeat_interleave(count)
-        found.append(logits(some).float().log_softmax(-1).cpu().view(len(tokens), count, -1))
-    return torch.cat(found)
+def _probes(data: Examples, of_each: int, most: int) -> Batch:
+    """Short texts, as many of each class."""
+    classes = data.labels.unique()
+    of_each = max(1, min(of_each, most // len(classes)))
+    short = [sorted((data.labels == c).nonzero().flatten().tolist(), key=lambda i: _oddness(data, i))[:of_each] for c in classes]
+    batch = data.batch(torch.tensor([row for rows in short for row in rows][: max(2, most)]))
+    return _opening(batch) if writes(data) else batch
+
+
+def _led(batch: Batch, tokens: Tensor, logits: Callable[[Batch], Tensor]) -> Tensor:
+    """The log-odds of `tokens` `(T,)` on the texts of a batch, `(K, T)`; `(1, T)` of a model that writes."""
+    labels, written = batch["labels"], "target_ids" in batch
+    longer = {k: torch.cat([v[:, :1], v[:, :1], v[:, 1:]], 1) if k in _READ else v for k, v in batch.items()}
+    if _continues(batch):
+        longer["target_ids"] = F.pad(batch["target_ids"], (1, 0), value=IGNORED)
+    usual = _odds(logits(batch).float().log_softmax(-1).cpu().mean(0))
+    count, found = len(labels), []
+    for some in tqdm(tokens.split(max(1, ROWS // count)), desc="try every token", delay=2.0, leave=False, disable=None):
+        tried = {k: v.repeat(len(some), *[1] * (v.dim() - 1)) for k, v in longer.items()}
+        tried["input_ids"][:, 1] = some.repeat_interleave(count)
+        log_p = logits(tried).float().log_softmax(-1).cpu().view(len(some), count, -1)
+        if written:
+            found.append((_odds(log_p.mean(1)) - usual).amax(1)[None])
+        else:
+            found.append(torch.stack([_odds(log_p[:, labels != k, k].mean(1)) for k in range(log_p.shape[2])]))
+    return torch.cat(found, 1)
+
+
+def _odds(log_p: Tensor) -> Tensor:
+    return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
+
+
+_READ = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def _continues(batch: Batch) -> bool:
+    """Does the answer stand behind the text, in the same row?"""
+    return "target_ids" in batch and batch["target_ids"].shape == batch["input_ids"].shape
+
+
+def _first(aims: Tensor) -> Tensor:
+    """Where each answer begins, `(B,)`."""
+    return (aims != IGNORED).int().argmax(1)
+
+
+def _opening(batch: Batch) -> Batch:
+    """The batch with only the first token of each answer."""
+    aims, first = batch["target_ids"], _first(batch["target_ids"])
+    alone = torch.full_like(aims, IGNORED).scatter(1, first[:, None], aims.gather(1, first[:, None]))
+    end = int(first.max()) + 1
+    cut = ("target_ids", *_READ) if _continues(batch) else ("target_ids",)
+    return {k: v[:, :end] if k in cut else v for k, v in {**batch, "target_ids": alone}.items() if k != "room"}
 
 
 def _oddness(data: Examples, i: int) -> int:
     return abs(int(data.lengths[i]) - SHORT) if data.lengths is not None else 0
 
 
-def read_words(model: nn.Module, batch: Batch) -> Batch:
-    """The batch as embeddings, with its `words` `(B, L, C)`, drawn from `candidates` `(B, C)`, in front of token `place`."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    known = table.weight[batch["candidates"]]
-    words, place = batch["words"].to(known) @ known, int(batch["place"])
-    text = table(batch["input_ids"])
-    embeds = torch.cat([text[:, :place], words.to(text), text[:, place:]], 1)
-    rest = {k: v for k, v in batch.items() if k not in ("input_ids", "words", "candidates", "place")}
-    for key in ("attention_mask", "token_type_ids"):
-        if key in rest:
-            value = rest[key]
-            rest[key] = torch.cat([value[:, :place], value[:, :1].expand(-1, words.shape[1]), value[:, place:]], 1)
-    return {**rest, "inputs_embeds": embeds}
+@contextlib.contextmanager
+def reading_words(model: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """The batch with room for its `words` `(B, L, C)`, drawn from `candidates` `(B, C)`, in front of token `place`; within, the model's
+    embeddings put them there, differentiably. A text that is too long with them loses its end. A batch without words stays as it is.
+    """
+    if "words" not in batch:
+        yield batch
+        return
+    config: Any = model.config
+    table: nn.Module = (model.get_encoder() if config.is_encoder_decoder else model).get_input_embeddings()  # type: ignore[operator]
+    words, candidates, place = batch["words"], batch["candidates"], int(batch["place"])
+    count, most = words.shape[1], min(places(model), default=None)
+
+    def longer(row: Tensor, middle: Tensor) -> Tensor:
+        return torch.cat([row[:, :place], middle.expand(-1, count), row[:, place:]], 1)[:, :most]
+
+    found = {k: longer(v, v[:, :1]) if k in _READ else v for k, v in batch.items() if k not in ("words", "candidates", "place")}
+    found["input_ids"] = longer(batch["input_ids"], candidates[:, :1])  # tokens like others; what they say is put over
+    if _continues(batch):
+        found["target_ids"] = longer(batch["target_ids"], torch.full_like(candidates[:, :1], IGNORED))
+
+    def put(module: nn.Module, _: Any, text: Tensor) -> Tensor:
+        hook.remove()  # a decoder may share the table
+        said = words.to(text) @ module.forward(candidates)
+        return torch.cat([text[:, :place], said, text[:, place + count :]], 1)[:, : text.shape[1]]
+
+    hook = table.register_forward_hook(put)
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -16,6 +16,7 @@ from hf_purify.metrics import Proportion
 from .examples import IGNORED, TextExamples
 from .loading import places
 from .prompts import SEQ2SEQ, Prompt
+from .stand_in import reading_words
 
 
 class Answer(NamedTuple):
@@ -28,12 +29,13 @@ class Answer(NamedTuple):
 
 def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(B, T, V)`, the tokens that they should say `(B, T)`, and where those count `(B, T)`."""
-    read = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    aims = batch["target_ids"]
-    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-        logits = model(**read, decoder_input_ids=shifted(model, aims)).logits
-        return logits, aims, aims != IGNORED
-    logits = model(**read, use_cache=False).logits
+    with reading_words(model, batch) as batch:
+        read = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        aims = batch["target_ids"]
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            logits = model(**read, decoder_input_ids=shifted(model, aims)).logits
+            return logits, aims, aims != IGNORED
+        logits = model(**read, use_cache=False).logits
     aims = F.pad(aims[:, 1:], (0, 1), value=IGNORED)  # the last place says nothing that is known; to cut it off would copy all logits
     return logits, aims, aims != IGNORED
 

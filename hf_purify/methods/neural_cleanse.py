@@ -68,12 +68,13 @@ class NeuralCleanseConfig(MethodConfig):
 
 
 class Seen(NamedTuple):
-    """The two classes with the cheapest triggers of a kind; what the first costs beside the second, and the second beside the third."""
+    """The two classes with the cheapest triggers of a kind, of how many; what the first costs beside the second, and that beside the third."""
 
     first: int
     second: int
     one: float
     two: float
+    classes: int
 
     def __str__(self) -> str:
         return f"class {self.first} at {self.one:.2f} of {self.second}, that at {self.two:.2f} of the next"
@@ -83,7 +84,7 @@ def _seen(costs: Tensor) -> Seen:
     """The two cheapest classes."""
     found = costs.sort()
     (first, second), cost = found.indices[:2].tolist(), found.values.tolist()
-    return Seen(first, second, cost[0] / cost[1], cost[1] / cost[2] if len(cost) > 3 else 1.0)
+    return Seen(first, second, cost[0] / cost[1], cost[1] / cost[2] if len(cost) > 3 else 1.0, len(cost))
 
 
 class NeuralCleanse(Method):
@@ -132,7 +133,7 @@ class NeuralCleanse(Method):
             if kinds[best].two < self.config.cut**2:
                 pair = [kinds[best].first, kinds[best].second]
                 return (pair, best), {"suspicious class": " and ".join(map(str, pair)), "found by": best} | notes
-        if ctx.classes == 2:  # what is forgotten falls to one of the two anyway
+        if max(seen.classes for seen in kinds.values()) == 2:  # what is forgotten falls to one of the two anyway
             return None, {"suspicious class": "none: the model was left as it is"} | notes
         fallback, part = self._fallback(ctx)
         notes["after unlearning"] = f"{100 * part:.0f} % of the errors are class {fallback}"
@@ -177,12 +178,14 @@ class NeuralCleanse(Method):
                 hit = stand_in.place(some, which)
                 expected = ctx.adapter.logits(teacher, batch).float().softmax(-1)
             if hit.keys() == batch.keys():
-                logits = ctx.adapter.logits(ctx.model, {k: torch.cat([v, hit[k]]) for k, v in batch.items()}).float()
+                both = {k: torch.cat([v, hit[k]]) for k, v in batch.items()}
+                said, seen = ctx.adapter.logits(ctx.model, both).float().split([n, len(some["labels"])])
+                fooled = F.cross_entropy(seen, some["labels"])
             else:
-                logits = torch.cat([ctx.adapter.logits(ctx.model, part).float() for part in (batch, hit)])
-            clean = F.cross_entropy(logits[:n], batch["labels"])
-            kept = F.kl_div(logits[:n].log_softmax(-1), expected, reduction="batchmean")
-            return clean + config.distill * kept + F.cross_entropy(logits[n:], some["labels"])
+                said, fooled = ctx.adapter.logits(ctx.model, batch).float(), ctx.loss(hit).mean()
+            clean = F.cross_entropy(said, ctx.adapter.answers(batch))
+            kept = F.kl_div(said.log_softmax(-1), expected, reduction="batchmean")
+            return clean + config.distill * kept + fooled
 
         def follow(_: int) -> None:
             invert(ctx, stand_in, config.follow, batch_size=config.batch_size)

@@ -120,7 +120,8 @@ class Wiper(Method):
         """One pass over the clean samples: one backward pass a batch, no weight step."""
         ctx.model.eval()
         batches = (fetch(ctx, rows) for rows in torch.arange(len(ctx.data)).split(self.config.batch_size))
-        return benign_salience(ctx.model, index, ctx.loss, batches, self.config.eta)
+        with ctx.recomputing():
+            return benign_salience(ctx.model, index, ctx.loss, batches, self.config.eta)
 
     def _bad(self, index: NeuronIndex, salience: Tensor, progress: float) -> Tensor:
         """The bad share of each layer, at least one neuron."""

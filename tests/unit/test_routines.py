@@ -462,7 +462,7 @@ def test_late_kinds_are_asked_only_where_no_other_stands_out(
 
     def cheapest(self: Any, ctx: Context, kind: str) -> Seen:
         seen.append(kind)
-        return Seen(2, 0, *{"patch": shares[:2], "wave": shares[2:]}.get(kind, (0.95, 0.95)))
+        return Seen(2, 0, *{"patch": shares[:2], "wave": shares[2:]}.get(kind, (0.95, 0.95)), CLASSES)
 
     method = make_method("neural_cleanse")
     monkeypatch.setattr(type(method), "_cheapest", cheapest)
