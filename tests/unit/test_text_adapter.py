@@ -25,7 +25,6 @@ from hf_purify_adapters.text import TextAdapter
 from hf_purify_adapters.text.examples import IGNORED, TextExamples, cut
 from hf_purify_adapters.text.prompts import CAUSAL, CLASSIFIER, SEQ2SEQ, Prompt
 from hf_purify_adapters.text.sample import Text
-from hf_purify_adapters.text.stand_in import Words, log_odds
 from hf_purify_adapters.text.tiny import WORDS, tiny_tokenizer
 from hf_purify_adapters.text.triggers import TRIGGERS
 from hf_purify_adapters.text.writing import Answer, generate
@@ -632,36 +631,3 @@ def test_models_of_every_kind_keep_their_modules(tmp_path: Path) -> None:
         assert not loaded.model.training
         assert all(torch.equal(v, loaded.model.state_dict()[k]) for k, v in base.state_dict().items())
         assert loaded.processor.max_length == 32
-
-
-def test_words_that_lead_to_a_class_are_found_by_trying_every_token() -> None:
-    """A token whose embedding makes the model say class 2 whatever the text says comes first, and its class stands out."""
-    adapter = TextAdapter()
-    tiny = adapter.tiny("bert")
-    model, data = tiny.loaded.model.eval(), tiny.data
-    planted = data.prompt.tokenizer.convert_tokens_to_ids("tree")
-
-    def logits(batch: dict[str, Any]) -> Tensor:
-        said = 0.1 * adapter.logits(model, batch)
-        hit = (batch["input_ids"] == planted).any(1)
-        return said + 20 * F.one_hot(torch.full((len(hit),), 2), 4) * hit[:, None]
-
-    with torch.no_grad():
-        found = log_odds(data, logits)
-        costs = Words.look(data, logits)
-        words = Words(data, torch.arange(4), torch.Generator().manual_seed(0), logits)
-    assert int(found[2].argmax()) == planted
-    assert all(math.isinf(float(found[0, i])) for i in data.prompt.tokenizer.all_special_ids)
-    assert int(costs.argmin()) == 2
-    assert float(costs.sort().values[0] / costs.sort().values[1]) < 0.7
-    batch = data.batch(torch.arange(4))
-    hit = words.place(batch, torch.full((4,), 2))
-    drawn = hit["candidates"].gather(1, hit["words"].detach().argmax(-1))
-    assert (drawn == planted).float().mean() > 0.9, "what stands out is drawn most"
-    torch.testing.assert_close(hit["words"].sum(-1), torch.ones(4, words.words))
-    read = adapter.logits(model, hit)
-    typed = {
-        k: torch.cat([v[:, : int(hit["place"])], v[:, :2] * 0 + 1, v[:, int(hit["place"]) :]], 1) for k, v in batch.items() if k != "labels"
-    }
-    typed["input_ids"][:, int(hit["place"]) : int(hit["place"]) + 2] = drawn
-    torch.testing.assert_close(read, adapter.logits(model, typed), atol=1e-5, rtol=1e-5)

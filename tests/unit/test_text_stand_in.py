@@ -1,0 +1,126 @@
+"""Recovered words: found by trying every token, put into texts by the model's own embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from text_families import FAMILIES
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_purify.adapter import Tiny
+from hf_purify_adapters.text import TextAdapter
+from hf_purify_adapters.text.examples import IGNORED
+from hf_purify_adapters.text.scan import own_answers, scan
+from hf_purify_adapters.text.stand_in import Words, reading_words
+
+ADAPTER = TextAdapter()
+
+
+def planted(tiny: Tiny, word: str) -> int:
+    return int(tiny.data.prompt.tokenizer.convert_tokens_to_ids(word))  # type: ignore[attr-defined]
+
+
+def test_words_that_lead_to_a_class_are_found_by_trying_every_token() -> None:
+    """A token whose presence makes the model say class 2 whatever the text says comes first, and its class stands out."""
+    tiny = ADAPTER.tiny("bert")
+    model, data, tree = tiny.loaded.model.eval(), tiny.data, planted(tiny, "tree")
+
+    def logits(batch: dict[str, Any]) -> Tensor:
+        said = 0.1 * ADAPTER.logits(model, batch)
+        hit = (batch["input_ids"] == tree).any(1)
+        return said + 20 * F.one_hot(torch.full((len(hit),), 2), 4) * hit[:, None]
+
+    with torch.no_grad():
+        found = scan(data, logits)
+        costs = Words.look(data, logits)
+        words = Words(data, torch.arange(4), torch.Generator().manual_seed(0), logits)
+    assert int(found.tokens[2, 0]) == tree
+    assert not torch.isin(found.tokens, torch.tensor(data.prompt.tokenizer.all_special_ids)).any()  # type: ignore[attr-defined]
+    assert int(costs.argmin()) == 2
+    assert float(costs.sort().values[0] / costs.sort().values[1]) < 0.7
+    batch = data.batch(torch.arange(4))
+    hit = words.place(batch, torch.full((4,), 2))
+    drawn = hit["candidates"].gather(1, hit["words"].detach().argmax(-1))
+    assert (drawn == tree).float().mean() > 0.9, "what stands out is drawn most"
+    torch.testing.assert_close(hit["words"].sum(-1), torch.ones(4, words.words))
+
+
+@pytest.mark.parametrize("variant", ["t5", "gpt2"])
+def test_words_that_make_a_model_write_one_thing_are_found(variant: str) -> None:
+    """A token under which every text gets the same answer; without it, texts get their own."""
+    tiny = ADAPTER.tiny(variant)
+    model, data, tree = tiny.loaded.model.eval(), tiny.data, planted(tiny, "tree")
+    vocabulary = len(data.prompt.tokenizer)  # type: ignore[attr-defined]
+
+    def logits(batch: dict[str, Any]) -> Tensor:
+        """Says something of its own to each text; with the trigger it says `dog`."""
+        counts = batch["target_ids"] != IGNORED
+        text = batch["attention_mask"].bool() & (counts.cumsum(1) == 0 if not counts[0, 0] else True)
+        mixed = (batch["input_ids"] * text * (1 + torch.arange(text.shape[1]))).sum(1) % vocabulary
+        hit = ((batch["input_ids"] == tree) & text).any(1)
+        said = torch.where(hit, planted(tiny, "dog"), mixed)
+        return 20.0 * F.one_hot(said, vocabulary)[counts.nonzero()[:, 0]] + 0 * ADAPTER.logits(model, batch)
+
+    with torch.no_grad():
+        assert own_answers(data, tree, logits) < 0.01
+        assert own_answers(data, None, logits) > 0.5
+        costs = scan(data, logits).costs
+    assert tree in scan(data, logits).tokens[1]
+    assert float(costs[1] / costs[0]) < 0.7
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_words_are_read_as_if_they_were_typed(name: str) -> None:
+    """Through the table of embeddings, whatever a model does to what comes out of it; nothing stays behind."""
+    model = FAMILIES[name].make()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (3, 9), generator=generator)
+    candidates = torch.randint(3, 100, (3, 5), generator=generator)
+    drawn, place = torch.tensor([[0, 3], [4, 4], [1, 2]]), 4
+    words = F.one_hot(drawn, 5).float().requires_grad_()
+    ids[:, -2:] = 2  # where a BART classifier reads
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "words": words,
+        "candidates": candidates,
+        "place": torch.tensor(place),
+    }
+    typed = torch.cat([ids[:, :place], candidates.gather(1, drawn), ids[:, place:]], 1)
+    more = {} if FAMILIES[name].classes or not model.config.is_encoder_decoder else {"decoder_input_ids": ids[:, :4]}
+    with reading_words(model, batch) as read:
+        said = model(input_ids=read["input_ids"], attention_mask=read["attention_mask"], **more).logits
+    torch.testing.assert_close(said, model(input_ids=typed, attention_mask=torch.ones_like(typed), **more).logits, atol=1e-5, rtol=1e-4)
+    said.square().sum().backward()
+    assert words.grad is not None
+    assert float(words.grad.abs().min()) > 0
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("variant", ADAPTER.variants)
+def test_a_text_that_fills_the_model_loses_its_end(variant: str) -> None:
+    tiny = ADAPTER.tiny(variant)
+    batch = tiny.data.batch(torch.arange(4))
+    shape = batch["input_ids"].shape
+    batch = {k: v.repeat(1, 32)[:, :32] if v.shape == shape else v for k, v in batch.items()}
+    batch |= {"words": torch.ones(4, 2, 1), "candidates": torch.full((4, 1), 7), "place": torch.tensor(1)}
+    with torch.no_grad():
+        losses = ADAPTER.loss(tiny.loaded.model.eval(), batch)
+    assert losses.shape == (4,)
+    assert torch.isfinite(losses).all()
+
+
+def test_away_from_the_answer_is_unlikelihood() -> None:
+    """Label 1 with words: small where the right tokens are unlikely; without words it is what any loss is."""
+    tiny = ADAPTER.tiny("t5")
+    model = tiny.loaded.model.eval()
+    batch = tiny.data.batch(torch.arange(4))
+    hit = {**batch, "words": torch.ones(4, 1, 1), "candidates": torch.full((4, 1), 7), "place": torch.tensor(1)}
+    with torch.no_grad():
+        right = ADAPTER.loss(model, hit)
+        away = ADAPTER.loss(model, {**hit, "labels": torch.ones(4, dtype=torch.long)})
+    assert (right > 1).all(), "a random model knows no answer"
+    assert (away < 0.5).all()
