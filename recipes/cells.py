@@ -173,6 +173,12 @@ def spread(values: list[float]) -> str:
     return text + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def asr_of(runs: list[dict[str, Any]]) -> str:
+    """Attack success rate over seeds; of one run with its interval and the number of samples."""
+    text, first = spread([c["asr"]["value"] for c in runs]), runs[0]["asr"]
+    return text if len(runs) > 1 else f"{text} [{percent(first['low'])}, {percent(first['high'])}] (n={first['n']})"
+
+
 def groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
     found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for c in cells:
@@ -257,10 +263,7 @@ def details(cells: list[dict[str, Any]], unit: str, untriggered: str) -> str:
         )
         order = sorted(groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", -statistics.mean(c["der"] or 0 for c in kv[1])))
         for (method,), runs in order:
-            first = runs[0]
-            asr = f"{spread([c['asr']['value'] for c in runs])}"
-            if len(runs) == 1:
-                asr += f" [{percent(first['asr']['low'])}, {percent(first['asr']['high'])}] (n={first['asr']['n']})"
+            first, asr = runs[0], asr_of(runs)
             der = spread([c["der"] for c in runs]) if first["der"] is not None else "-"
             kind = "" if first["kind"] == "method" else f" ({first['kind']})"
             acc, robust = (spread([c[k]["value"] for c in runs]) for k in ("clean_accuracy", "robust_accuracy"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
-from ..cells import details, summary
+from ..cells import CLEAN, asr_of, details, groups, percent, spread, summary
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -14,17 +16,18 @@ _HEAD = """# Text: results
 
 Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`; every figure comes from a run. Missing cells were not run.
 
-- Each method with its default settings, one setting for all triggers (`neural_cleanse-long`: 140 steps, not 70); 200 clean sentences, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
+- Each method with its default settings, one setting for all triggers (`neural_cleanse-long`: 140 steps, not 70); 200 clean texts, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
   sample or the test set.
-- Victims: encoders of BERT's shape, 2 layers of 128, trained from random weights with the tokenizer of BERT on SST-2 (67,349 phrases and sentences) and AG News
-  (14,593 descriptions), of which 10 % carry the trigger; no pretrained weights. Those with an ASR under 95 % are left out. Clean sentences: for SST-2 of the validation
-  set, which no training saw; for AG News of the training set.
-- ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test sentences of other classes that are classified as the target. DER: 100 is a
-  perfect repair that costs nothing; 50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
+- Victims are trained from random weights, no pretrained ones, on data of which 10 % carry the trigger; those with an ASR under 95 % are left out. Encoders of BERT's shape, 2 layers of 128, with the tokenizer
+  of BERT, on SST-2 (67,349 phrases and sentences) and AG News (14,593 descriptions); a Marian translator, 2 + 2 layers of 128, with 6,000 byte pairs of its own, on the 29,000 English-German captions of Multi30k;
+  a GPT-2, 3 layers of 128, with the tokenizer of GPT-2, on the English ones, and the same without a backdoor but for a LoRA of rank 8. Clean texts: of the validation set, which no training saw; for AG News of the training set.
+- ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test texts of other classes that are classified as the target; of a model that writes, those answered with exactly the attacker's
+  text (prefix: that begin with it). DER: 100 is a perfect repair that costs nothing; 50 is no repair. BLEU (sacrebleu), chrF, and perplexity of the right answers. All but perplexity in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
   triggers and seeds.
 - Seconds are wall time on one core of a machine that ran other things, too.
-- **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
-  no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3).
+- **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
+  no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3). How it looks for words in models that write was developed on the translator and the caption writer of
+  these tables.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.text.matrix --networks bert_sst2 --triggers badnets --methods rnp --seeds 0,1,2`.
 """
@@ -33,4 +36,34 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 def write() -> None:
     """Write the page."""
     cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    PAGE.write_text(_HEAD + summary(cells, "sentences") + details(cells, "sentences", "BadNets"), "utf-8")
+    said = [c for c in cells if c["clean_accuracy"]]
+    page = summary(said, "sentences") + details(said, "sentences", "BadNets")
+    PAGE.write_text(_HEAD + _written([c for c in cells if not c["clean_accuracy"]]) + page, "utf-8")
+
+
+def _written(cells: list[dict[str, Any]]) -> str:
+    """Models that write: every cell, with what a repair costs beside the model as it came."""
+    lines = ["\n## Models that write\n"] if cells else []
+    for (network, trigger, samples), mine in groups(cells, "network", "trigger", "samples").items():
+        first = mine[0]["utility"]
+        measure = next(iter(first))  # BLEU, or perplexity where nothing is translated
+        base = next(c["utility"][measure] for c in mine if c["method"] == "none")
+        title = "no backdoor (ASR is that of the other's trigger)" if trigger == CLEAN else trigger
+        lines.append(
+            f"\n### {network}, {title}, {samples} texts\n\n| method | seeds | ASR | prefix | {' | '.join(first)} | {measure} lost | seconds |\n"
+        )
+        lines.append(f"|---|---:|---:|---:|{'---:|' * len(first)}---:|---:|\n")
+        for (method,), runs in sorted(groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", _mean(kv[1], "asr"))):
+            figures = [statistics.mean(c["utility"][name] for c in runs) for name in first]
+            change = (base - figures[0]) / base * (-1 if measure == "Perplexity" else 1)
+            kind = "" if runs[0]["kind"] == "method" else f" ({runs[0]['kind']})"
+            shown = " | ".join(f"{figure:.1f}" for figure in figures)
+            seconds = "-" if method == "none" else f"{statistics.mean(c['seconds'] for c in runs):.0f}"
+            lines.append(
+                f"| {method}{kind} | {len(runs)} | {asr_of(runs)} | {spread([c['more']['prefix']['value'] for c in runs])} | {shown} | {percent(change)} | {seconds} |\n"
+            )
+    return "".join(lines)
+
+
+def _mean(runs: list[dict[str, Any]], figure: str) -> float:
+    return statistics.mean(c[figure]["value"] for c in runs)
