@@ -28,6 +28,7 @@ from timing import finish, flops, interleaved, machine, ratio, saved_bytes, seco
 from torch import Tensor, nn
 
 from hf_purify.adapter import Batch, Loaded
+from hf_purify.checkpointing import recomputed
 from hf_purify.masks import masked
 from hf_purify.method import Context
 from hf_purify.neurons import NeuronIndex
@@ -40,7 +41,7 @@ CLASSES = 2
 RANK = 8
 OVER_FINE_TUNING, GIB = 0.75, 24.0
 OURS, FULL, LOWER, LORA = "masked, activation level", "full fine-tuning", "frozen lower bound", f"LoRA, rank {RANK}"
-LOOP = "masked, with the adapter's loss"
+LOOP, AGAIN = "masked, with the adapter's loss", "masked, layers run again"
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,13 @@ def lora(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> V
     return Variant(own, adamw([p for p in own.parameters() if p.requires_grad]), plain_loss)
 
 
-def library(loss: Callable[[nn.Module, Batch], Tensor]) -> Callable[..., Variant]:
-    """The masks of hf-purify."""
+def library(loss: Callable[[nn.Module, Batch], Tensor], again: bool = False) -> Callable[..., Variant]:
+    """The masks of hf-purify; `again` with gradient checkpointing."""
 
     def make(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
         own, mask = masked_twin(model, index, stack)
+        if again:
+            stack.enter_context(recomputed(own))
         return Variant(own, adamw([mask]), loss)
 
     return make
@@ -167,6 +170,7 @@ MECHANISMS: dict[str, Callable[..., Variant]] = {
     LOWER: lower_bound,
     OURS: library(plain_loss),
     LOOP: library(adapter_loss),
+    AGAIN: library(adapter_loss, again=True),
     LORA: lora,
 }
 
