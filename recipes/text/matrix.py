@@ -22,15 +22,17 @@ VARIANTS = {"neural_cleanse-long": {"steps": 140}}  # METHOD-VARIANT: settings t
 def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
     """The repair of one victim; the trigger `none` is the network without a backdoor, measured with its first attack."""
     spec = victims.NETWORKS[network]
-    data = victims.data_root() / spec.dataset
+    data, known = victims.data_root() / spec.dataset, folder / "victims" / "text"
+    base = {"base": str(victims.victim(spec.base, cells.CLEAN, known))} if spec.base else {}
     return PurifyRecipe.make(
-        model=str(victims.victim(network, trigger, folder / "victims" / "text")),
+        model=str(victims.victim(network, trigger, known)),
         clean=str(data / spec.clean),
         test=str(data / "test.parquet"),
         triggers=[victims.attack(network, trigger)],
         columns=dict(spec.columns),
         samples=samples,
         seed=seed,
+        **base,
         **({} if spec.target is None else {"target": spec.target}),
     )
 
@@ -38,7 +40,7 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 MATRIX = cells.Matrix(
     about=__doc__ or "",
     recipe=recipe_of,
-    networks={name: (*spec.triggers, cells.CLEAN) for name, spec in victims.NETWORKS.items()},
+    networks={name: (*spec.triggers, *([] if spec.base else [cells.CLEAN])) for name, spec in victims.NETWORKS.items()},
     default=tuple(victims.NETWORKS),
     samples=200,
     results=RESULTS,
