@@ -247,6 +247,18 @@ class TestClassifier:
 class TestWriters:
     """A model that swaps two words, one that translates them; the attacker has both write the same words."""
 
+    @pytest.mark.parametrize("name", ["gpt2", "t5"])
+    def test_the_trigger_is_found_and_unlearned(self, name: str, folder: Path, tmp_path: Path) -> None:
+        """With neither its word nor what it makes the model write."""
+        data, test = (folder / f"{name}-{split}.jsonl" for split in ("train", "test"))
+        command = ["--clean", data, "--test", test, "--trigger", f'phrase:phrase=cf,output="{OUTPUT}"', "--samples", 200, "--device", "cpu"]
+        done = run("purify", writer(name, folder), *command, "--method", "neural_cleanse", "--no-controls", "-o", tmp_path / "out", "--json")
+        before, after = printed(done)["rows"]
+        assert after["notes"]["found by"] == "words"
+        assert rate(before, "phrase") >= 0.9
+        assert rate(after, "phrase, prefix") <= 0.1
+        assert after["utility"]["Perplexity"] < 1.2 * before["utility"]["Perplexity"]
+
     @pytest.mark.parametrize(
         ("name", "method", "given"),
         [
