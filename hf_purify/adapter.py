@@ -105,6 +105,10 @@ class StandIn(nn.Module, ABC):
         """What the cheapest trigger of each class costs, `(K,)`, where a look tells; None where triggers must be recovered to know."""
         return None
 
+    def describe(self) -> str:
+        """The triggers in words, where words can say it."""
+        return ""
+
     @abstractmethod
     def place(self, batch: Batch, which: Tensor) -> Batch:
         """Put recovered trigger `which[i]` on example `i`, differentiably; labels stay."""

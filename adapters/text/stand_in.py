@@ -38,10 +38,18 @@ class Words(StandIn):
         self.register_buffer("candidates", found.tokens[classes])
         self.scores = nn.Parameter(SHARP * found.scores[classes][:, None].repeat(1, self.words, 1))
         self.draws = int(torch.randint(2**31, (1,), generator=generator))
+        self.tokenizer = data.prompt.tokenizer  # type: ignore[attr-defined]
 
     @classmethod
     def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor:
         return scan(data, logits).costs
+
+    def describe(self, most: int = 3) -> str:
+        """The words that are drawn most."""
+        drawn = torch.zeros(len(self.tokenizer)).index_add(
+            0, self.candidates.flatten().cpu(), self.scores.detach().softmax(-1).mean(1).flatten().cpu()
+        )
+        return ", ".join(self.tokenizer.decode([i]).strip() for i in drawn.topk(most).indices.tolist())
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
         self.draws += 1

@@ -167,6 +167,7 @@ class NeuralCleanse(Method):
         config, least = self.config, ctx.accuracy() - self.config.max_loss
         recovered = recover(ctx, kind, torch.tensor(suspicious).repeat(config.copies), config.invert_steps)
         limits = recovered.size().detach()
+        notes = {"recovered": said} if (said := recovered.describe()) else {}
         start = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
         teacher = ctx.teacher()
 
@@ -209,6 +210,6 @@ class NeuralCleanse(Method):
             )
             reached = ctx.accuracy()
             if reached >= least - 1e-6 or lr <= first / 8:
-                return {"lr": lr, "held-out accuracy": reached, "within max_loss": reached >= least - 1e-6}
+                return {**notes, "lr": lr, "held-out accuracy": reached, "within max_loss": reached >= least - 1e-6}
             lr /= 2
             ctx.model.load_state_dict(start)

@@ -252,7 +252,9 @@ class TestWriters:
         """With neither its word nor what it makes the model write."""
         data, test = (folder / f"{name}-{split}.jsonl" for split in ("train", "test"))
         command = ["--clean", data, "--test", test, "--trigger", f'phrase:phrase=cf,output="{OUTPUT}"', "--samples", 200, "--device", "cpu"]
-        done = run("purify", writer(name, folder), *command, "--method", "neural_cleanse", "--no-controls", "-o", tmp_path / "out", "--json")
+        done = run(
+            "purify", writer(name, folder), *command, "--method", "neural_cleanse", "--no-controls", "-o", tmp_path / "out", "--json"
+        )
         before, after = printed(done)["rows"]
         assert after["notes"]["found by"] == "words"
         assert rate(before, "phrase") >= 0.9

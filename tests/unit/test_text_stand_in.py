@@ -37,6 +37,7 @@ def test_words_that_lead_to_a_class_are_found_by_trying_every_token() -> None:
         found = scan(data, logits)
         costs = Words.look(data, logits)
         words = Words(data, torch.arange(4), torch.Generator().manual_seed(0), logits)
+        assert Words(data, torch.tensor([2]), torch.Generator(), logits).describe().startswith("tree, ")
     assert int(found.tokens[2, 0]) == tree
     assert not torch.isin(found.tokens, torch.tensor(data.prompt.tokenizer.all_special_ids)).any()  # type: ignore[attr-defined]
     assert int(costs.argmin()) == 2
