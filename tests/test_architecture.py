@@ -37,7 +37,7 @@ LAYERS = [
     {"errors"},
     {"neurons"},
     {"metrics", "tracing"},
-    {"adapter", "discovery", "masks"},
+    {"adapter", "checkpointing", "discovery", "masks"},
     {"salience", "task", "triggers"},
     {"loop"},
     {"routines"},
