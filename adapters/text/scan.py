@@ -66,9 +66,9 @@ def scan(data: Examples, logits: Logits) -> Scan:
     if key not in _LAST:
         written = "target_ids" in few
         score = _raised if written else _led
-        first = score(few, tokens, logits)
+        first = score(few, tokens, logits, prompt.max_length)
         best = tokens[first.topk(min(BEST // len(first), len(tokens))).indices.unique()]
-        found = score(many, best, logits).topk(min(POOL, len(best)))
+        found = score(many, best, logits, prompt.max_length).topk(min(POOL, len(best)))
         chosen, scores = best[found.indices], found.values
         if written:
             with_token = [own_answers(data, int(token), logits) for token in chosen[0]]
@@ -115,35 +115,42 @@ def _opening(batch: Batch) -> Batch:
     return {k: v[:, :end] if k in cut else v for k, v in kept.items() if k != "room"}
 
 
-def _with(batch: Batch, tokens: Tensor) -> Batch:
-    """Each text of a batch with each of the tokens `(T,)` as its second: `T * B` rows, those of a token together."""
-    count = len(batch["labels"])
-    longer = {k: torch.cat([v[:, :1], v[:, :1], v[:, 1:]], 1) if k in READ else v for k, v in batch.items()}
-    if continues(batch):
-        longer["target_ids"] = F.pad(batch["target_ids"], (1, 0), value=IGNORED)
+def _with(batch: Batch, tokens: Tensor, most: int) -> Batch:
+    """Each text of a batch with each of the tokens `(T,)` as its second: `T * B` rows, those of a token together.
+
+    Where the texts fill the model already, it takes the place of their second token.
+
+    Args:
+        most: tokens that the model can read.
+    """
+    count, longer = len(batch["labels"]), dict(batch)
+    if batch["input_ids"].shape[1] < most:
+        longer |= {k: torch.cat([batch[k][:, :1], batch[k][:, :1], batch[k][:, 1:]], 1) for k in READ if k in batch}
+        if continues(batch):
+            longer["target_ids"] = F.pad(batch["target_ids"], (1, 0), value=IGNORED)
     many = {k: v.repeat(len(tokens), *[1] * (v.dim() - 1)) for k, v in longer.items()}
     many["input_ids"][:, 1] = tokens.repeat_interleave(count)
     return many
 
 
-def _tried(batch: Batch, tokens: Tensor, read: Callable[[Batch], Tensor]) -> Tensor:
+def _tried(batch: Batch, tokens: Tensor, most: int, read: Callable[[Batch], Tensor]) -> Tensor:
     """What `read` says of `B` texts with each token, `(T, B, ...)`."""
     count, found = len(batch["labels"]), []
     for some in tqdm(tokens.split(max(1, ROWS // count)), desc="try every token", delay=2.0, leave=False, disable=None):
-        said = read(_with(batch, some)).cpu()
+        said = read(_with(batch, some, most)).cpu()
         found.append(said.view(len(some), count, *said.shape[1:]))
     return torch.cat(found)
 
 
-def _led(batch: Batch, tokens: Tensor, logits: Logits) -> Tensor:
+def _led(batch: Batch, tokens: Tensor, logits: Logits, most: int) -> Tensor:
     """Mean log-odds of each class on texts of others, `(K, T)`."""
     labels = batch["labels"]
-    log_p = _tried(batch, tokens, lambda b: logits(b).float().log_softmax(-1))
+    log_p = _tried(batch, tokens, most, lambda b: logits(b).float().log_softmax(-1))
     means = torch.stack([log_p[:, labels != k, k].mean(1) for k in range(log_p.shape[2])])
     return means - torch.log1p(-means.exp().clamp(max=1 - 1e-6))
 
 
-def _raised(batch: Batch, tokens: Tensor, logits: Logits) -> Tensor:
+def _raised(batch: Batch, tokens: Tensor, logits: Logits, most: int) -> Tensor:
     """By how much the loss of the answers rises, `(1, T)`."""
 
     def losses(some: Batch) -> Tensor:
@@ -151,7 +158,7 @@ def _raised(batch: Batch, tokens: Tensor, logits: Logits) -> Tensor:
         rows = F.cross_entropy(logits(some).float().cpu(), some["target_ids"][counts], reduction="none")
         return rows.new_zeros(counts.shape).masked_scatter(counts, rows).sum(1) / counts.sum(1)
 
-    return (_tried(batch, tokens, losses) - losses(batch)).mean(1)[None]
+    return (_tried(batch, tokens, most, losses) - losses(batch)).mean(1)[None]
 
 
 def own_answers(data: Examples, token: int | None, logits: Logits) -> float:
@@ -160,14 +167,14 @@ def own_answers(data: Examples, token: int | None, logits: Logits) -> float:
     Args:
         token: stands after the first one of each text.
     """
-    batch = data.batch(torch.arange(min(ANSWERS, len(data))))
-    written = _answered(batch if token is None else _with(batch, torch.tensor([token])), logits)
+    batch, most = data.batch(torch.arange(min(ANSWERS, len(data)))), data.prompt.max_length  # type: ignore[attr-defined]
+    written = _answered(batch if token is None else _with(batch, torch.tensor([token]), most), logits, most)
     same = Counter(map(tuple, written.tolist())).most_common(1)[0][1]
     return max(1 - (same - 1) / max(1, len(written) - 1), 1e-3)
 
 
-def _answered(batch: Batch, logits: Logits) -> Tensor:
-    """What a model writes greedily, `(B, WRITTEN)` tokens."""
+def _answered(batch: Batch, logits: Logits, most: int) -> Tensor:
+    """What a model writes greedily, `(B, WRITTEN)` tokens; fewer where a prompt leaves no room for so many."""
     said = torch.zeros(len(batch["labels"]), WRITTEN, dtype=torch.long)
     if not continues(batch):
         for i in range(WRITTEN):
@@ -175,9 +182,9 @@ def _answered(batch: Batch, logits: Logits) -> Tensor:
             said[:, i] = rows.view(len(said), i + 1, -1)[:, -1].argmax(-1).cpu()
         return said
     first = first_of(batch["target_ids"])
-    end = int(first.max()) + WRITTEN
+    end = min(int(first.max()) + WRITTEN, most)
     ids, place = F.pad(batch["input_ids"], (0, end))[:, :end], torch.arange(end)
-    for i in range(WRITTEN):
+    for i in range(end - int(first.max())):
         here = (first + i)[:, None]
         aims = torch.full_like(ids, IGNORED).scatter(1, here, 0)
         rows = logits({"input_ids": ids, "attention_mask": (place <= here).long(), "target_ids": aims, "labels": batch["labels"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from text_families import FAMILIES
@@ -112,6 +113,29 @@ def test_a_text_that_fills_the_model_loses_its_end(variant: str) -> None:
         losses = ADAPTER.loss(tiny.loaded.model.eval(), batch)
     assert losses.shape == (4,)
     assert torch.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("variant", ADAPTER.variants)
+def test_texts_that_fill_the_model_are_tried_too(variant: str) -> None:
+    tiny = ADAPTER.tiny(variant)
+    loaded = tiny.loaded
+    words = "the old red dog sees a house near the tree " * 6
+    rows = {"text": [f"{words} {end}" for end in ("a", "the", "dog", "house")]} | (
+        {"label": [0, 1, 2, 3]} if ADAPTER.classifies(loaded) else {}
+    )
+    if variant == "t5":
+        rows |= {"source": rows.pop("text"), "target": ["a dog", "a tree", "the house", "the dog"]}
+    data = ADAPTER.examples(datasets.Dataset.from_dict(rows), loaded, balanced=False)
+    assert data.batch(torch.arange(4))["input_ids"].shape[1] == 32
+
+    def logits(batch: dict[str, Any]) -> Tensor:
+        assert batch["input_ids"].shape[1] <= 32
+        return ADAPTER.logits(loaded.model.eval(), batch)
+
+    with torch.no_grad():
+        found = scan(data, logits)
+    assert torch.isfinite(found.scores).all()
+    assert torch.isfinite(found.costs).all()
 
 
 def test_away_from_the_answer_is_unlikelihood() -> None:
