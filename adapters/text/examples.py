@@ -36,6 +36,7 @@ class TextExamples:
         self.raws, self.labels, self.prompt = list(raws), labels, prompt
         self.tokens = prompt.encode(self.raws, (labels == 1).tolist()) if tokens is None else tokens
         self.lengths = torch.tensor([t.length for t in self.tokens])
+        self.scans: dict[bytes, Any] = {}  # the last scan for words, by what the model said of the texts: a repair asks twice
 
     def __len__(self) -> int:
         return len(self.raws)
