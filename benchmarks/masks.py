@@ -69,17 +69,27 @@ def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def fine_tuning(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
     """All weights are learned."""
-    own = copy.deepcopy(model).requires_grad_(True)
+    own = free_twin(model)
     return Variant(own, sgd(list(own.parameters())), own)
 
 
 def lower_bound(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
     """Weights frozen; one scalar scales the output of the first layer."""
+    own, scalar = scaled_twin(model, lambda m: next(c for c in m.modules() if isinstance(c, nn.Conv2d)))
+    return Variant(own, sgd([scalar]), own)
+
+
+def scaled_twin(model: nn.Module, place: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, nn.Parameter]:
+    """A frozen copy in which a scalar, which is learned, scales what one module says."""
     own = twin(model)
     scalar = nn.Parameter(next(own.parameters()).new_ones(()))
-    first = next(m for m in own.modules() if isinstance(m, nn.Conv2d))
-    first.register_forward_hook(lambda _, __, out: out * scalar.to(out.dtype))
-    return Variant(own, sgd([scalar]), own)
+    place(own).register_forward_hook(lambda _, __, out: out * scalar.to(out.dtype))
+    return own, scalar
+
+
+def free_twin(model: nn.Module) -> nn.Module:
+    """A copy with weights of its own, all of which are learned."""
+    return copy.deepcopy(model).requires_grad_(True)
 
 
 def masked_twin(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import resource
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from masks import masked_twin, matrix_rate, twin
+from masks import free_twin, masked_twin, matrix_rate, scaled_twin, twin
 from timing import finish, flops, interleaved, machine, ratio, saved_bytes, seconds, step_bytes, summary, table
 from torch import Tensor, nn
 
@@ -132,15 +131,13 @@ def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def fine_tuning(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
     """All weights are learned."""
-    own = copy.deepcopy(model).requires_grad_(True)
+    own = free_twin(model)
     return Variant(own, adamw(list(own.parameters())), plain_loss)
 
 
 def lower_bound(model: nn.Module, index: NeuronIndex, stack: contextlib.ExitStack) -> Variant:
     """Weights frozen; one scalar scales the word embeddings."""
-    own = twin(model)
-    scalar = nn.Parameter(next(own.parameters()).new_ones(()))
-    own.get_input_embeddings().register_forward_hook(lambda _, __, out: out * scalar.to(out.dtype))  # type: ignore[operator]
+    own, scalar = scaled_twin(model, lambda m: m.get_input_embeddings())  # type: ignore[operator]
     return Variant(own, adamw([scalar]), plain_loss)
 
 

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_purify.errors import ConfigError
 
+_OPEN = "_hf_purify_recomputed"
+
 
 def check_layers(model: nn.Module) -> None:
     """Raises ConfigError where a model has no layers that can be run again."""
@@ -26,18 +28,22 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 
     transformers does so in train mode alone, and masks are tuned in eval mode: here the mode does not matter.
     """
-    known = _layers(model)
-    layers = [m for m in known if "forward" not in vars(m)]  # none within another such context
-    if not known:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if getattr(model, _OPEN, False):  # within another such context
+        yield
+        return
+    setattr(model, _OPEN, True)
+    layers = _layers(model)
     for layer in layers:
         layer.forward = functools.partial(_again, layer.forward)
+    if not layers:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     try:
         yield
     finally:
+        delattr(model, _OPEN)
         for layer in layers:
             del layer.forward  # the class's own is there again
-        if not known:
+        if not layers:
             model.set_grad_checkpointing(False)  # type: ignore[operator]
 
 

@@ -69,18 +69,5 @@ def make_context(session: Session, clean: Examples, held_out: float) -> Context:
     index = session.adapter.index(session.loaded, learn.batch(torch.arange(min(2, len(learn)))))
     index = units(index, session.model) if session.loaded.base else index
     kind = choose_augmentation(session, clean)
-    generator = torch.Generator().manual_seed(session.recipe.seed)
     outcomes = session.adapter.outcomes(session.loaded)
-    return Context(
-        session.model,
-        session.adapter,
-        learn,
-        generator,
-        session.accelerator,
-        kind,
-        index,
-        choose,
-        outcomes,
-        fixed=session.loaded.fixed,
-        recompute=session.recipe.gradient_checkpointing,
-    )
+    return Context(**vars(session.task(learn, kind)), index=index, held_out=choose, classes=outcomes)

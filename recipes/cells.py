@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_purify.comparison import open_comparison
-from hf_purify.errors import DataError, NotAVictim
+from hf_purify.errors import DataError, NotAVictim, PurifyError, unknown
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
 from hf_purify.report import Row
@@ -78,15 +78,35 @@ class Matrix:
         parser.add_argument("--folder", type=Path, default=Path("runs"))
         parser.add_argument("--write", action="store_true", help="only collect the cells and write RESULTS.md")
         chosen = parser.parse_args()
-        if not chosen.write:
-            for seed in (int(s) for s in chosen.seeds.split(",")):
-                for network in chosen.networks.split(","):
-                    known = self.networks[network]
-                    asked = chosen.triggers.split(",") if chosen.triggers else known
-                    for trigger in (t for t in asked if t in known):
-                        self._victim(network, trigger, seed, chosen)
+        try:
+            self._check(chosen)
+            if not chosen.write:
+                self._run(chosen)
+        except PurifyError as error:
+            parser.error(str(error))
         collect(chosen.folder / self.cells, self.results)
         self.write()
+
+    def _run(self, chosen: argparse.Namespace) -> None:
+        """The cells that are missing."""
+        for seed in (int(s) for s in chosen.seeds.split(",")):
+            for network in chosen.networks.split(","):
+                known = self.networks[network]
+                asked = chosen.triggers.split(",") if chosen.triggers else known
+                for trigger in (t for t in asked if t in known):
+                    self._victim(network, trigger, seed, chosen)
+
+    def _check(self, chosen: argparse.Namespace) -> None:
+        """Raises UnknownName before a victim is trained for a name that is none."""
+        triggers = {t for known in self.networks.values() for t in known}
+        for kind, given, known in (("network", chosen.networks, self.networks), ("trigger", chosen.triggers or "", triggers)):
+            for name in filter(None, given.split(",")):
+                if name not in known:
+                    raise unknown(kind, name, known)
+        for name in chosen.methods.split(","):
+            if "-" in name and name not in self.variants:
+                raise unknown("variant", name, self.variants)
+            make_method(name.partition("-")[0], **self.variants.get(name, {}))
 
     def _victim(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace) -> None:
         common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}

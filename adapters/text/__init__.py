@@ -18,7 +18,7 @@ from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
-from .examples import IGNORED, TextExamples, read_texts
+from .examples import IGNORED, TextExamples, read_texts, text_means
 from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
 from .stand_in import Words, reading_words
@@ -206,8 +206,7 @@ def _written_losses(logits: Tensor, aims: Tensor, counts: Tensor, batch: Batch) 
     """
     if "words" in batch and bool(batch["labels"].any()):
         said = -F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
-        losses = said.new_zeros(counts.shape).masked_scatter(counts, -torch.log1p(-said.exp().clamp(max=1 - 1e-6)))
-        return losses.sum(1) / counts.sum(1).clamp(min=1)
+        return text_means(-torch.log1p(-said.exp().clamp(max=1 - 1e-6)), counts)
     if "share" not in batch:
         return _means(logits, aims, counts)
     share, partner = batch["share"], batch["partner"]
@@ -224,8 +223,6 @@ def _means(logits: Tensor, aims: Tensor, counts: Tensor) -> Tensor:
     Picking rows copies them and scatters their gradient back: that pays where few count.
     """
     if 2 * int(counts.sum()) < counts.numel():
-        some = F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
-        losses = some.new_zeros(counts.shape).masked_scatter(counts, some)
-    else:
-        losses = F.cross_entropy(logits.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="none").view_as(aims)
+        return text_means(F.cross_entropy(logits[counts].float(), aims[counts], reduction="none"), counts)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="none").view_as(aims)
     return losses.sum(1) / counts.sum(1).clamp(min=1)

@@ -29,6 +29,15 @@ DIALOGUES = ("messages", "conversations", "conversation", "dialog", "chat")
 IGNORED = -100  # target of a token that no loss counts
 
 
+def text_means(values: Tensor, counts: Tensor) -> Tensor:
+    """The mean of each text's values `(B,)`, from those of all places that count, one after the other.
+
+    Args:
+        counts: which places of each text do, `(B, T)`.
+    """
+    return values.new_zeros(counts.shape).masked_scatter(counts, values).sum(1) / counts.sum(1).clamp(min=1)
+
+
 class TextExamples:
     """Texts with labels `(n,)`. Of a model that writes, label 0 is what it should answer, 1 what an attacker wants."""
 

@@ -104,7 +104,7 @@ def make_prompt(
         raise ModelError(f"the tokenizer of '{source}' has {len(tokenizer)} tokens, and the model embeddings for {known}: they do not fit")
     given = {k: v for k, v in settings.items() if v is not None}
     recorded = recorded if isinstance(recorded, Mapping) else {}
-    recorded_here = {k: v for k, v in recorded.items() if k in ("template", "max_length", "cut")}
+    recorded_here = {k: v for k, v in recorded.items() if k in settings}
     made = {"max_length": longest(tokenizer, model), **recorded_here, **given}
     at_most = min(places(model), default=made["max_length"])
     if made["max_length"] > at_most:

@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch, Examples
 
-from .examples import IGNORED
-from .prompts import CLASSIFIER
+from .examples import IGNORED, text_means
 
 PROBES = 2  # texts of each class that every token is tried on, those nearest to `SHORT` tokens
 SHORT = 12
@@ -69,7 +68,8 @@ def scan(data: Examples, logits: Logits) -> Scan:
         found = score(many, best, logits, prompt.max_length).topk(min(POOL, len(best)))
         chosen, scores = best[found.indices], found.values
         if written:
-            with_token = [own_answers(data, int(token), logits) for token in chosen[0]]
+            bar = tqdm(chosen[0].tolist(), desc="read answers", delay=2.0, leave=False, disable=None)
+            with_token = [own_answers(data, token, logits) for token in bar]
             costs = torch.tensor([own_answers(data, None, logits), min(with_token)])
             chosen, scores = chosen.expand(2, -1), scores.expand(2, -1)
         else:
@@ -90,7 +90,7 @@ def probes(data: Examples, of_each: int, most: int) -> Batch:
 
     short = [sorted((data.labels == c).nonzero().flatten().tolist(), key=oddness)[:of_each] for c in classes]
     batch = data.batch(torch.tensor([row for rows in short for row in rows][: max(2, most)]))
-    return _opening(batch) if data.prompt.kind != CLASSIFIER else batch  # type: ignore[attr-defined]
+    return _opening(batch) if "target_ids" in batch else batch
 
 
 def continues(batch: Batch) -> bool:
@@ -154,7 +154,7 @@ def _raised(batch: Batch, tokens: Tensor, logits: Logits, most: int) -> Tensor:
     def losses(some: Batch) -> Tensor:
         counts = some["target_ids"] != IGNORED
         rows = F.cross_entropy(logits(some).float().cpu(), some["target_ids"][counts], reduction="none")
-        return rows.new_zeros(counts.shape).masked_scatter(counts, rows).sum(1) / counts.sum(1)
+        return text_means(rows, counts)
 
     return (_tried(batch, tokens, most, losses) - losses(batch)).mean(1)[None]
 
