@@ -98,8 +98,7 @@ class TextAdapter(Adapter):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """`(B, classes)`; of a model that writes `(tokens, vocabulary)`, a row for each token of the targets."""
         if "target_ids" in batch:
-            logits, _, counts = target_rows(model, batch)
-            return logits[counts]
+            return target_rows(model, batch)[0]
         return self._classify(model, batch)
 
     def answers(self, batch: Batch) -> Tensor:
@@ -116,8 +115,8 @@ class TextAdapter(Adapter):
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if "target_ids" in batch:
-            logits, aims, counts = target_rows(model, batch)
-            return logits[counts].argmax(-1), _written_losses(logits, aims, counts, batch)
+            rows, aims = target_rows(model, batch)
+            return rows.argmax(-1), _written_losses(rows, aims, batch)
         logits = self._classify(model, batch).float()
         return logits.argmax(-1), _class_losses(logits, batch)
 
@@ -198,31 +197,28 @@ def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
     return share * own + (1 - share) * F.cross_entropy(mixed, batch["labels"][partner], reduction="none")
 
 
-def _written_losses(logits: Tensor, aims: Tensor, counts: Tensor, batch: Batch) -> Tensor:
-    """Mean loss of each sample's target `(B,)`; two targets are mixed where both have a token.
+def _written_losses(rows: Tensor, aims: Tensor, batch: Batch) -> Tensor:
+    """Mean loss of each sample's target `(B,)`, from the logits of its places; two targets are mixed where both have a token.
 
     With recovered words, what an attacker wants (label 1) is anything but the target: the loss is the unlikelihood of its tokens (Welleck et
     al., ICLR 2020, arXiv 1908.04319).
     """
-    if "words" in batch and bool(batch["labels"].any()):
-        said = -F.cross_entropy(logits[counts].float(), aims[counts], reduction="none")
-        return text_means(-torch.log1p(-said.exp().clamp(max=1 - 1e-6)), counts)
-    if "share" not in batch:
-        return _means(logits, aims, counts)
-    share, partner = batch["share"], batch["partner"]
-    both = (counts & counts[partner])[..., None]
-    mixed = share * logits + (1 - share) * logits[partner]
-    own = _means(torch.where(both, mixed, logits), aims, counts)
-    other = _means(torch.where(both, mixed, logits[partner]), aims[partner], counts[partner])
-    return share * own + (1 - share) * other
+    counts = aims != IGNORED
+    if "share" in batch:
+        share, partner = batch["share"], batch["partner"]
+        logits = rows.new_zeros(*aims.shape, rows.shape[-1]).masked_scatter(counts[..., None], rows)
+        mixed = share * logits + (1 - share) * logits[partner]
+        both = (counts & counts[partner])[..., None]
+        own = _means(torch.where(both, mixed, logits)[counts], aims)
+        other = _means(torch.where(both, mixed, logits[partner])[counts[partner]], aims[partner])
+        return share * own + (1 - share) * other
+    return _means(rows, aims, away="words" in batch and bool(batch["labels"].any()))
 
 
-def _means(logits: Tensor, aims: Tensor, counts: Tensor) -> Tensor:
-    """Mean cross entropy `(B,)` over the places that count, from logits `(B, T, V)`.
-
-    Picking rows copies them and scatters their gradient back: that pays where few count.
-    """
-    if 2 * int(counts.sum()) < counts.numel():
-        return text_means(F.cross_entropy(logits[counts].float(), aims[counts], reduction="none"), counts)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="none").view_as(aims)
-    return losses.sum(1) / counts.sum(1).clamp(min=1)
+def _means(rows: Tensor, aims: Tensor, away: bool = False) -> Tensor:
+    """Mean cross entropy `(B,)` over the places that count; or, to get away from the targets, their unlikelihood."""
+    counts = aims != IGNORED
+    losses = F.cross_entropy(rows.float(), aims[counts], reduction="none")
+    if away:
+        losses = -torch.log1p(-(-losses).exp().clamp(max=1 - 1e-6))
+    return text_means(losses, counts)

@@ -27,17 +27,26 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(B, T, V)`, the tokens that they should say `(B, T)`, and where those count `(B, T)`."""
+def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of the places that count, `(rows, V)`, and the tokens that they should say at every place `(B, T)`, `IGNORED` where none counts.
+
+    The head, which costs most where a vocabulary is large, reads those places alone.
+    """
     with reading_words(model, batch) as batch:
         read = {k: batch[k] for k in ("input_ids", "attention_mask")}
         aims = batch["target_ids"]
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            logits = model(**read, decoder_input_ids=shifted(model, aims)).logits
-            return logits, aims, aims != IGNORED
-        logits = model(**read, use_cache=False).logits
-    aims = F.pad(aims[:, 1:], (0, 1), value=IGNORED)  # the last place says nothing that is known; to cut it off would copy all logits
-    return logits, aims, aims != IGNORED
+            read["decoder_input_ids"] = shifted(model, aims)
+        else:
+            aims = F.pad(aims[:, 1:], (0, 1), value=IGNORED)
+        counts = aims != IGNORED
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0][counts],))
+        try:
+            logits = model(**read, use_cache=False).logits
+        finally:
+            hook.remove()
+    return (logits if logits.dim() == 2 else logits[counts]), aims  # a head that is computed without its module says all
 
 
 def shifted(model: nn.Module, aims: Tensor) -> Tensor:
