@@ -109,14 +109,18 @@ def apply_lora(base: Loaded, folder: Path, config: Mapping[str, Any], source: st
 
 
 def new_lora(base: Loaded, rank: int) -> Loaded:
-    """A base with a new LoRA in the layers that PEFT takes for such a model; a classifier's head belongs to it too.
+    """A base with a new LoRA in all linear layers but the output layer; a classifier's head belongs to it too.
 
     Raises:
-        ModelError: PEFT does not know which layers to take.
+        ModelError: the model is none of transformers.
     """
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type=TASKS.get(base.task))
+    if not isinstance(base.model, PreTrainedModel):
+        raise ModelError(f"no new LoRA for '{base.source}': which layers it goes into is known for models of transformers alone")
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TASKS.get(base.task))
     try:
         peft = insert(base.model, config)
     except ValueError as error:

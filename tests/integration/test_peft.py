@@ -254,8 +254,8 @@ class TestImplantedLora:
         with pytest.raises(ConfigError, match="a LoRA has a rank of at least 1 and a trained base"):
             implant("model", "data", "badnets", **settings)
 
-    def test_of_layers_that_peft_does_not_know(self, timm_victim: Path) -> None:
-        with pytest.raises(ModelError, match=r"no LoRA for .*target_modules"):
+    def test_of_a_model_that_peft_does_not_take(self, timm_victim: Path) -> None:
+        with pytest.raises(ModelError, match=r"no new LoRA for .*models of transformers alone"):
             implant(str(timm_victim), digits()[0], TRIGGER, lora=4)
 
 
@@ -290,20 +290,27 @@ class TestRepairedLora:
     def test_has_its_units_as_neurons(self, victims: dict[str, Path], bases: dict[str, Path], data: dict[str, Path]) -> None:
         report = repaired("bert", victims, bases, data, method="random_mask", options={"share": 0.5})
         layers = [(g.name.removeprefix("bert.encoder.layer."), g.role, g.size) for g in report.index]
-        units = [(f"{i}.attention.self.{n}.lora_B.default", "hidden", 4) for i in (0, 1) for n in ("query", "value")]
-        assert layers == [*units, ("classifier.modules_to_save.default[out]", "head", 2)]
+        linear = (
+            *(f"attention.self.{n}" for n in ("query", "key", "value")),
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        )
+        units = [(f"{i}.{n}.lora_B.default", "hidden", 4) for i in (0, 1) for n in linear]
+        assert layers == [*units, ("bert.pooler.dense.lora_B.default", "hidden", 4), ("classifier.modules_to_save.default", "head", 2)]
         for group in report.index:
             assert all(".lora_" in p.param or ".modules_to_save." in p.param for p in group.params)
         mask = report.index.split(report.mask)
         assert all(v.eq(1).all() for n, v in mask.items() if n.startswith("classifier"))
-        assert sum(int((v == 0).sum()) for v in mask.values()) == 8
+        assert sum(int((v == 0).sum()) for v in mask.values()) == 24, "half of those in blocks"
 
     def test_mask_file_repairs_the_lora_too(
         self, victims: dict[str, Path], bases: dict[str, Path], data: dict[str, Path], tmp_path: Path
     ) -> None:
         report = repaired("gpt2", victims, bases, data, method="random_mask", options={"share": 0.5}, output=str(tmp_path / "out"))
         stored = load_file(tmp_path / "out" / "neuron_mask.safetensors")
-        assert set(stored) == {f"mask/base_model.model.transformer.h.{i}.attn.c_attn.lora_B.weight/1" for i in (0, 1)}
+        linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        assert set(stored) == {f"mask/base_model.model.transformer.h.{i}.{n}.lora_B.weight/1" for i in (0, 1) for n in linear}
         again = load(PurifyRecipe(model=str(victims["gpt2"]), base=str(bases["gpt2"]), clean="none"))[1].model
         apply_mask(again, report.index, tmp_path / "out" / "neuron_mask.safetensors")
         assert torch.equal(logits(again), logits(report.model))
@@ -363,8 +370,8 @@ class TestRefusedLora:
             ({"auto_mapping": {"base_model_class": "A", "parent_library": "evil.code"}}, UnsafeCheckpoint, "code of its own"),
             ({"auto_mapping": {"parent_library": "transformers_modules.a.b"}}, UnsafeCheckpoint, "code of its own"),
             ({"target_modules": ["nowhere"]}, ModelError, "does not fit the base"),
-            ({"target_modules": ["key", "query", "value"]}, ModelError, "the adapter lacks 4 tensors, such as"),
-            ({"target_modules": ["query"]}, ModelError, "has besides 4 tensors, such as"),
+            ({"target_modules": ["dense", "key", "query", "value", "word_embeddings"]}, ModelError, "the adapter lacks 2 tensors, such as"),
+            ({"target_modules": ["dense", "key", "query"]}, ModelError, "has besides 4 tensors, such as"),
             ({"r": 8}, ModelError, "size mismatch"),
             ({"modules_to_save": ["classifier", "pooler"]}, ModelError, "the adapter lacks"),
         ],
