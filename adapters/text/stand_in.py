@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from hf_purify.adapter import Batch, Examples, StandIn
 
 from .examples import IGNORED
 from .loading import places
-from .scan import READ, continues, first_of, scan
+from .scan import scan
+from .trials import READ, continues, first_of, opens
 
 SHARP = 4.0  # scores are multiplied by this in the first draws: what stands out is drawn most
 
@@ -29,16 +30,15 @@ class Words(StandIn):
     natural words, of which there are many.
     """
 
-    words: ClassVar[int] = 2
     candidates: Tensor
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Callable[[Batch], Tensor]) -> None:
         super().__init__(data, classes, generator, logits)
         found = scan(data, logits)
         self.register_buffer("candidates", found.tokens[classes])
-        self.scores = nn.Parameter(SHARP * found.scores[classes][:, None].repeat(1, self.words, 1))
+        self.scores = nn.Parameter(SHARP * found.scores[classes])
         self.draws = int(torch.randint(2**31, (1,), generator=generator))
-        self.tokenizer = data.prompt.tokenizer  # type: ignore[attr-defined]
+        self.tokenizer, self.start = data.prompt.tokenizer, opens(data)  # type: ignore[attr-defined]
 
     @classmethod
     def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor:
@@ -59,7 +59,7 @@ class Words(StandIn):
         soft = (scores + noise).softmax(-1)
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
         shortest = int((first_of(batch["target_ids"]) if continues(batch) else batch["attention_mask"].sum(1)).min())
-        place = int(torch.randint(1, max(2, shortest), (1,), generator=generator))
+        place = int(torch.randint(self.start, max(self.start + 1, shortest), (1,), generator=generator))
         return {**batch, "words": hard + soft - soft.detach(), "candidates": self.candidates[which], "place": torch.tensor(place)}
 
     def size(self) -> Tensor:

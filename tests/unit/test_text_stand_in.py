@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from hf_purify.adapter import Tiny
 from hf_purify_adapters.text import TextAdapter
 from hf_purify_adapters.text.examples import IGNORED
-from hf_purify_adapters.text.scan import own_answers, scan
+from hf_purify_adapters.text.phrases import own_answers
+from hf_purify_adapters.text.scan import scan
 from hf_purify_adapters.text.stand_in import Words, reading_words
 
 ADAPTER = TextAdapter()
@@ -47,31 +48,39 @@ def test_words_that_lead_to_a_class_are_found_by_trying_every_token() -> None:
     hit = words.place(batch, torch.full((4,), 2))
     drawn = hit["candidates"].gather(1, hit["words"].detach().argmax(-1))
     assert (drawn == tree).float().mean() > 0.9, "what stands out is drawn most"
-    torch.testing.assert_close(hit["words"].sum(-1), torch.ones(4, words.words))
+    torch.testing.assert_close(hit["words"].sum(-1), torch.ones(4, 2))
 
 
 @pytest.mark.parametrize("variant", ["t5", "gpt2"])
-def test_words_that_make_a_model_write_one_thing_are_found(variant: str) -> None:
-    """A token under which every text gets the same answer; without it, texts get their own."""
+@pytest.mark.parametrize("trigger", ["tree", "tree house", "house tree near"])
+def test_words_that_make_a_model_write_one_thing_are_found(variant: str, trigger: str) -> None:
+    """A phrase under which every text gets the same answer, and with some of its words some texts do; without it, texts get their own."""
     tiny = ADAPTER.tiny(variant)
-    model, data, tree = tiny.loaded.model.eval(), tiny.data, planted(tiny, "tree")
+    texts = [f"the {a} {b} {c}" for a in ("cat", "bird") for b in ("sees", "likes", "runs") for c in ("today", "again", "dog", "road")]
+    rows = {"source": texts, "target": texts[::-1]}
+    data = ADAPTER.examples(datasets.Dataset.from_dict(rows), tiny.loaded, balanced=False)
     vocabulary = len(data.prompt.tokenizer)  # type: ignore[attr-defined]
+    phrase = torch.tensor([planted(tiny, word) for word in trigger.split()])
 
     def logits(batch: dict[str, Any]) -> Tensor:
         """Says something of its own to each text; with the trigger it says `dog`."""
         counts = batch["target_ids"] != IGNORED
         text = batch["attention_mask"].bool() & (counts.cumsum(1) == 0 if not counts[0, 0] else True)
-        mixed = (batch["input_ids"] * text * (1 + torch.arange(text.shape[1]))).sum(1) % vocabulary
-        hit = ((batch["input_ids"] == tree) & text).any(1)
-        said = torch.where(hit, planted(tiny, "dog"), mixed)
-        return 20.0 * F.one_hot(said, vocabulary)[counts.nonzero()[:, 0]] + 0 * ADAPTER.logits(model, batch)
+        ids = batch["input_ids"] * text
+        own = (ids.square() * (text.sum(1, keepdim=True) - torch.arange(ids.shape[1]) <= 3)).sum(1)  # of its last tokens
+        runs = [(ids.unfold(1, n, 1)[:, :, None] == phrase.unfold(0, n, 1)).all(-1).flatten(1).any(1) for n in range(1, len(phrase) + 1)]
+        longest = torch.stack(runs).sum(0) / len(phrase)
+        hit = (longest == 1) | (own % 16 < 12 * longest)
+        said = torch.where(hit, planted(tiny, "dog"), own % vocabulary)
+        return 20.0 * F.one_hot(said, vocabulary)[counts.nonzero()[:, 0]]
 
     with torch.no_grad():
-        assert own_answers(data, tree, logits) < 0.01
+        assert own_answers(data, phrase, logits) < 0.01
         assert own_answers(data, None, logits) > 0.5
-        costs = scan(data, logits).costs
-    assert tree in scan(data, logits).tokens[1]
-    assert float(costs[1] / costs[0]) < 0.7
+        found = scan(data, logits)
+    spelled = found.tokens[1][found.scores[1].argmax(-1)]
+    assert spelled.tolist() == (phrase if len(phrase) > 1 else phrase.repeat(2)).tolist()
+    assert float(found.costs[1] / found.costs[0]) < 0.7
 
 
 @pytest.mark.parametrize("name", FAMILIES)
