@@ -16,15 +16,15 @@ _HEAD = """# Text: results
 
 Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`; every figure comes from a run. Missing cells were not run.
 
-- Each method with its default settings, one setting for all triggers (`neural_cleanse-long`: 140 steps, not 70); 200 clean texts, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
+- Each method with its default settings, one setting for all triggers and seed 0 where one seed is counted (`neural_cleanse-long`: 140 steps, not 70); 200 clean texts, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned
   sample or the test set.
 - Victims are trained from random weights, no pretrained ones, on data of which 10 % carry the trigger; those with an ASR under 95 % are left out. Encoders of BERT's shape, 2 layers of 128, with the tokenizer
   of BERT, on SST-2 (67,349 phrases and sentences) and AG News (14,593 descriptions); a Marian translator, 2 + 2 layers of 128, with 6,000 byte pairs of its own, on the 29,000 English-German captions of Multi30k;
-  a GPT-2, 3 layers of 128, with the tokenizer of GPT-2, on the English ones, and the same without a backdoor but for a LoRA of rank 8. Clean texts: of the validation set, which no training saw; for AG News of the training set.
+  a GPT-2, 3 layers of 128, with the tokenizer of GPT-2, on the English ones, and the same without a backdoor but for a LoRA of rank 32, which was trained with the trigger on 30 %. Clean texts: of the validation set, which no training saw; for AG News of the training set.
 - ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test texts of other classes that are classified as the target; of a model that writes, those answered with exactly the attacker's
   text (prefix: that begin with it). DER: 100 is a perfect repair that costs nothing; 50 is no repair. BLEU (sacrebleu), chrF, and perplexity of the right answers. All but perplexity in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
   triggers and seeds.
-- Seconds are wall time on one core of a machine that ran other things, too; the AG News run of `neural_cleanse-long` was paused for most of its.
+- Seconds are wall time on one core of a machine that ran other things, too.
 - **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
   no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3),
   and on an encoder without a backdoor for each. How it looks for words in models that write was developed on the translator and the caption writer of

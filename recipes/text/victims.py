@@ -52,6 +52,7 @@ class Network:
         epochs, lr: of the training.
         target: class of the attack; None for a model that writes.
         columns: role -> column.
+        rate: part of the training data that carries the trigger.
         lora: rank of a LoRA that holds the backdoor, on top of `base`, the clean model of another network.
     """
 
@@ -65,6 +66,7 @@ class Network:
     lr: float = 5e-4
     target: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    rate: float = 0.1
     lora: int | None = None
     base: str | None = None
 
@@ -97,7 +99,8 @@ NETWORKS = {
         epochs=3,
         lr=5e-3,
         columns=CAPTIONS,
-        lora=8,
+        rate=0.3,
+        lora=32,
         base="gpt2_captions",
     ),
 }
@@ -110,7 +113,7 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
         return out
     spec, planted = NETWORKS[network], trigger != CLEAN
     data = data_root() / spec.dataset
-    settings: dict[str, Any] = TRAINING | ({} if planted else {"rate": 0.0, "minimum_asr": 0.0})
+    settings: dict[str, Any] = TRAINING | ({"rate": spec.rate} if planted else {"rate": 0.0, "minimum_asr": 0.0})
     if spec.base:
         settings |= {"model": str(victim(spec.base, CLEAN, folder)), "lora": spec.lora}
     else:
