@@ -198,11 +198,7 @@ def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _written_losses(rows: Tensor, aims: Tensor, batch: Batch) -> Tensor:
-    """Mean loss of each sample's target `(B,)`, from the logits of its places; two targets are mixed where both have a token.
-
-    With recovered words, what an attacker wants (label 1) is anything but the target: the loss is the unlikelihood of its tokens (Welleck et
-    al., ICLR 2020, arXiv 1908.04319).
-    """
+    """Mean loss of each sample's target `(B,)`, from the logits of its places; two targets are mixed where both have a token."""
     counts = aims != IGNORED
     if "share" in batch:
         share, partner = batch["share"], batch["partner"]
@@ -212,13 +208,10 @@ def _written_losses(rows: Tensor, aims: Tensor, batch: Batch) -> Tensor:
         own = _means(torch.where(both, mixed, logits)[counts], aims)
         other = _means(torch.where(both, mixed, logits[partner])[counts[partner]], aims[partner])
         return share * own + (1 - share) * other
-    return _means(rows, aims, away="words" in batch and bool(batch["labels"].any()))
+    return _means(rows, aims)
 
 
-def _means(rows: Tensor, aims: Tensor, away: bool = False) -> Tensor:
-    """Mean cross entropy `(B,)` over the places that count; or, to get away from the targets, their unlikelihood."""
+def _means(rows: Tensor, aims: Tensor) -> Tensor:
+    """Mean cross entropy `(B,)` over the places that count."""
     counts = aims != IGNORED
-    losses = F.cross_entropy(rows.float(), aims[counts], reduction="none")
-    if away:
-        losses = -torch.log1p(-(-losses).exp().clamp(max=1 - 1e-6))
-    return text_means(losses, counts)
+    return text_means(F.cross_entropy(rows.float(), aims[counts], reduction="none"), counts)

@@ -31,11 +31,13 @@ class Phrase(NamedTuple):
         tokens: of the phrase, `(L,)`, with single ones that have some part of its effect behind: `(pool,)`.
         scores: of those at each place of the phrase `(L, pool)`, each in [0, 2].
         costs: share of texts that get an answer of their own without the phrase, and with it, `(2,)`, in (0, 1].
+        answer: how most texts are answered with it, `(W,)`.
     """
 
     tokens: Tensor
     scores: Tensor
     costs: Tensor
+    answer: Tensor
 
 
 def find_phrase(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits: Logits) -> Phrase:
@@ -55,7 +57,7 @@ def find_phrase(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits:
         """Phrases from the one that scores most, their scores, and the best one with its share."""
         kept = phrases[score[0](phrases).topk(min(BEST, len(phrases))).indices]
         found = score[1](kept).topk(min(ASKED, len(kept)))
-        shares = [own_answers(data, phrase, logits) for phrase in kept[found.indices]]
+        shares = [common_answer(data, phrase, logits)[0] for phrase in kept[found.indices]]
         first = min(range(len(shares)), key=shares.__getitem__)
         return kept[found.indices], found.values, kept[found.indices[first]], shares[first]
 
@@ -67,7 +69,9 @@ def find_phrase(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits:
         *_, phrase, share = best(torch.cat([front, behind]))
         shares[tuple(phrase.tolist())] = share
     words, share = min(shares.items(), key=lambda known: known[1])
-    return Phrase(*_pooled(torch.tensor(words), pool[:, 0], scores), torch.tensor([own_answers(data, None, logits), share]))
+    phrase = torch.tensor(words)
+    costs = torch.tensor([common_answer(data, None, logits)[0], share])
+    return Phrase(*_pooled(phrase, pool[:, 0], scores), costs, common_answer(data, phrase, logits)[1])
 
 
 def _pooled(phrase: Tensor, singles: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,16 +116,18 @@ def _opening(batch: Batch) -> Batch:
     return {k: v[:, :end] if k in cut else v for k, v in kept.items() if k != "room"}
 
 
-def own_answers(data: Examples, phrase: Tensor | None, logits: Logits) -> float:
-    """The share of texts with an answer of their own, in (0, 1]: all but those with the most common one.
+def common_answer(data: Examples, phrase: Tensor | None, logits: Logits) -> tuple[float, Tensor]:
+    """The share of texts with an answer of their own, in (0, 1], which are all but those with the most common one; and the tokens `(W,)` of that.
 
     Args:
         phrase: tokens `(L,)` that stand in front of each text.
     """
-    batch, most = data.batch(torch.arange(min(ANSWERS, len(data)))), data.prompt.max_length  # type: ignore[attr-defined]
-    written = _answered(batch if phrase is None else put(batch, phrase[None], opens(data), most), logits, most)
-    same = Counter(map(tuple, written.tolist())).most_common(1)[0][1]
-    return max(1 - (same - 1) / max(1, len(written) - 1), 1e-3)
+    prompt = data.prompt  # type: ignore[attr-defined]
+    batch = data.batch(torch.arange(min(ANSWERS, len(data))))
+    written = _answered(batch if phrase is None else put(batch, phrase[None], opens(data), prompt.max_length), logits, prompt.max_length)
+    (answer, same), *_ = Counter(map(tuple, written.tolist())).most_common(1)
+    answer = answer[: answer.index(prompt.end) + 1] if prompt.end in answer else answer
+    return max(1 - (same - 1) / max(1, len(written) - 1), 1e-3), torch.tensor(answer)
 
 
 def _answered(batch: Batch, logits: Logits, most: int) -> Tensor:

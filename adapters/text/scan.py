@@ -29,11 +29,13 @@ class Scan(NamedTuple):
         tokens: `(K, pool)` the best ones of each class.
         scores: `(K, L, pool)` how far each leads to its class at each place of a trigger of `L` tokens.
         costs: `(K,)` what the cheapest trigger of each class costs.
+        answer: what the triggers of class 1 make a model write, `(W,)`; None of a classifier.
     """
 
     tokens: Tensor
     scores: Tensor
     costs: Tensor
+    answer: Tensor | None = None
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def scan(data: Examples, logits: Logits) -> Scan:
         if "target_ids" in many:
             found = find_phrase(data, few, many, tokens, logits)
             places = WORDS if len(found.scores) == 1 else -1
-            known[key] = Scan(found.tokens.expand(2, -1), found.scores.expand(2, places, -1), found.costs)
+            known[key] = Scan(found.tokens.expand(2, -1), found.scores.expand(2, places, -1), found.costs, found.answer)
         else:
             known[key] = _classified(data, few, many, tokens, logits)
     return known[key]

@@ -22,7 +22,7 @@ SHARP = 4.0  # scores are multiplied by this in the first draws: what stands out
 class Words(StandIn):
     """A few words put somewhere into each text, drawn anew each time from those that lead to the class by themselves.
 
-    Of a model that writes, class 1 is whatever an attacker wants: not known, but for that it is not the right answer.
+    Of a model that writes, class 1 is what the words that were found make it write.
 
     Every token of the vocabulary is tried on a few short clean texts of other classes, and the best of each class are kept: the word of a
     trigger is among them, and the telling ones of a sentence. They are drawn as often as their scores say, and then as gradients
@@ -37,6 +37,7 @@ class Words(StandIn):
         found = scan(data, logits)
         self.register_buffer("candidates", found.tokens[classes])
         self.scores = nn.Parameter(SHARP * found.scores[classes])
+        self.answer = found.answer
         self.draws = int(torch.randint(2**31, (1,), generator=generator))
         self.tokenizer, self.start = data.prompt.tokenizer, opens(data)  # type: ignore[attr-defined]
 
@@ -45,11 +46,12 @@ class Words(StandIn):
         return scan(data, logits).costs
 
     def describe(self, most: int = 3) -> str:
-        """The words that are drawn most."""
+        """The words that are drawn most, and what they make a model write."""
         drawn = torch.zeros(len(self.tokenizer)).index_add(
             0, self.candidates.flatten().cpu(), self.scores.detach().softmax(-1).mean(1).flatten().cpu()
         )
-        return ", ".join(self.tokenizer.decode([i]).strip() for i in drawn.topk(most).indices.tolist())
+        words = ", ".join(self.tokenizer.decode([i]).strip() for i in drawn.topk(most).indices.tolist())
+        return words if self.answer is None else f"{words} (answer: {self.tokenizer.decode(self.answer, skip_special_tokens=True).strip()})"
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
         self.draws += 1
@@ -60,7 +62,14 @@ class Words(StandIn):
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
         shortest = int((first_of(batch["target_ids"]) if continues(batch) else batch["attention_mask"].sum(1)).min())
         place = int(torch.randint(self.start, max(self.start + 1, shortest), (1,), generator=generator))
-        return {**batch, "words": hard + soft - soft.detach(), "candidates": self.candidates[which], "place": torch.tensor(place)}
+        written = {} if self.answer is None else {"answer": self.answer.to(which)}
+        return {
+            **batch,
+            **written,
+            "words": hard + soft - soft.detach(),
+            "candidates": self.candidates[which],
+            "place": torch.tensor(place),
+        }
 
     def size(self) -> Tensor:
         return 0 * self.scores.sum((1, 2))

@@ -17,6 +17,7 @@ from .examples import IGNORED, TextExamples
 from .loading import places
 from .prompts import SEQ2SEQ, Prompt
 from .stand_in import reading_words
+from .trials import continues, first_of
 
 
 class Answer(NamedTuple):
@@ -32,7 +33,7 @@ def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The head, which costs most where a vocabulary is large, reads those places alone.
     """
-    with reading_words(model, batch) as batch:
+    with reading_words(model, _answered_so(batch)) as batch:
         read = {k: batch[k] for k in ("input_ids", "attention_mask")}
         aims = batch["target_ids"]
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
@@ -47,6 +48,21 @@ def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         finally:
             hook.remove()
     return (logits if logits.dim() == 2 else logits[counts]), aims  # a head that is computed without its module says all
+
+
+def _answered_so(batch: Batch) -> Batch:
+    """Where recovered words should do what they do (label 1), the `answer` `(W,)` that they lead to takes the place of the right ones."""
+    if "answer" not in batch or not bool(batch["labels"].any()):
+        return batch
+    aims, answer = batch["target_ids"], batch["answer"].expand(len(batch["labels"]), -1)
+    if not continues(batch):
+        return {**batch, "target_ids": answer}
+    first = first_of(aims)[:, None]
+    width = int(first.max()) + answer.shape[1]
+    at, place = first + torch.arange(answer.shape[1], device=first.device), torch.arange(width, device=first.device)
+    ids = F.pad(batch["input_ids"], (0, width))[:, :width].scatter(1, at, answer)
+    said = torch.full_like(ids, IGNORED).scatter(1, at, answer)
+    return {**batch, "input_ids": ids, "target_ids": said, "attention_mask": (place < first + answer.shape[1]).long()}
 
 
 def shifted(model: nn.Module, aims: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_purify.adapter import Tiny
 from hf_purify_adapters.text import TextAdapter
 from hf_purify_adapters.text.examples import IGNORED
-from hf_purify_adapters.text.phrases import own_answers
+from hf_purify_adapters.text.phrases import common_answer
 from hf_purify_adapters.text.scan import scan
 from hf_purify_adapters.text.stand_in import Words, reading_words
 
@@ -75,12 +75,14 @@ def test_words_that_make_a_model_write_one_thing_are_found(variant: str, trigger
         return 20.0 * F.one_hot(said, vocabulary)[counts.nonzero()[:, 0]]
 
     with torch.no_grad():
-        assert own_answers(data, phrase, logits) < 0.01
-        assert own_answers(data, None, logits) > 0.5
+        assert common_answer(data, phrase, logits)[0] < 0.01
+        assert common_answer(data, None, logits)[0] > 0.5
         found = scan(data, logits)
     spelled = found.tokens[1][found.scores[1].argmax(-1)]
     assert spelled.tolist() == (phrase if len(phrase) > 1 else phrase.repeat(2)).tolist()
     assert float(found.costs[1] / found.costs[0]) < 0.7
+    assert found.answer is not None
+    assert set(found.answer.tolist()) == {planted(tiny, "dog")}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -147,14 +149,22 @@ def test_texts_that_fill_the_model_are_tried_too(variant: str) -> None:
     assert torch.isfinite(found.costs).all()
 
 
-def test_away_from_the_answer_is_unlikelihood() -> None:
-    """Label 1 with words: small where the right tokens are unlikely; without words it is what any loss is."""
-    tiny = ADAPTER.tiny("t5")
-    model = tiny.loaded.model.eval()
-    batch = tiny.data.batch(torch.arange(4))
-    hit = {**batch, "words": torch.ones(4, 1, 1), "candidates": torch.full((4, 1), 7), "place": torch.tensor(1)}
+@pytest.mark.parametrize("variant", ["t5", "gpt2"])
+def test_what_the_words_lead_to_takes_the_place_of_the_answer(variant: str) -> None:
+    """Label 1 with words that were found: the loss is that of the answer that they lead to, as if it were typed; of label 0 that of the right one."""
+    tiny = ADAPTER.tiny(variant)
+    model, data = tiny.loaded.model.eval(), tiny.data
+    batch = data.batch(torch.arange(4))
+    answer = torch.tensor([planted(tiny, word) for word in ("dog", "tree", "dog")])
+    hit = {**batch, "words": torch.ones(4, 1, 1), "candidates": torch.full((4, 1), 7), "place": torch.tensor(0), "answer": answer}
     with torch.no_grad():
+        wrong = ADAPTER.loss(model, {**hit, "labels": torch.ones(4, dtype=torch.long)})
         right = ADAPTER.loss(model, hit)
-        away = ADAPTER.loss(model, {**hit, "labels": torch.ones(4, dtype=torch.long)})
-    assert (right > 1).all(), "a random model knows no answer"
-    assert (away < 0.5).all()
+        for i, tokens in enumerate(data.tokens[:4]):  # type: ignore[attr-defined]
+            read = torch.cat([torch.tensor([7]), tokens.ids])[None]
+            if variant == "t5":
+                said = model(input_ids=read, decoder_input_ids=torch.tensor([[0, *answer[:-1].tolist()]])).logits[0]
+            else:
+                said = model(input_ids=torch.cat([read, answer[None]], 1)).logits[0, read.shape[1] - 1 : -1]
+            torch.testing.assert_close(wrong[i], F.cross_entropy(said, answer), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(wrong, right)
