@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from hf_purify.report import Row
 
 log = logging.getLogger(__name__)
 CLEAN = "none"  # the trigger of a network without a backdoor
+FLOOR = "floor"  # the row of what a trigger does to that
 KEYS = ("network", "trigger", "method", "seed", "samples")
 
 
@@ -95,6 +97,8 @@ class Matrix:
                 asked = chosen.triggers.split(",") if chosen.triggers else known
                 for trigger in (t for t in asked if t in known):
                     self._victim(network, trigger, seed, chosen)
+                    if trigger != CLEAN and CLEAN in asked and CLEAN in known:
+                        self._floor(network, trigger, seed, chosen)
 
     def _check(self, chosen: argparse.Namespace) -> None:
         """Raises UnknownName before a victim is trained for a name that is none."""
@@ -115,6 +119,15 @@ class Matrix:
             run(recipe, chosen.folder / self.cells / network / trigger, common, chosen.methods.split(","), self.variants)
         except NotAVictim as error:
             log.warning("%s with %s: %s", network, trigger, error)
+
+    def _floor(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace) -> None:
+        """What a trigger does to the network without a backdoor: it may turn a sample into another class by what it means."""
+        common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
+        place = cell(chosen.folder / self.cells / network / trigger, FLOOR, common)
+        if not place.exists():
+            own, clean = (self.recipe(network, t, seed, chosen.samples, chosen.folder) for t in (trigger, CLEAN))
+            row = open_comparison(dataclasses.replace(own, model=clean.model)).unrepaired
+            save(place, {**common, **row_of(row), "method": FLOOR, "kind": FLOOR})
 
 
 def run(
@@ -289,6 +302,19 @@ def details(cells: list[dict[str, Any]], unit: str, untriggered: str) -> str:
             acc, robust = (spread([c[k]["value"] for c in runs]) for k in ("clean_accuracy", "robust_accuracy"))
             lines.append(f"| {method}{kind} | {len(runs)} | {acc} | {asr} | {robust} | {der} |\n")
     return "".join(lines)
+
+
+def floors(cells: list[dict[str, Any]]) -> str:
+    """What each trigger does to the network without a backdoor, and the DER of a repair that costs nothing and ends there; none without such cells."""
+    rows = []
+    for (network, trigger), mine in groups([c for c in cells if c["kind"] == FLOOR], "network", "trigger").items():
+        victim = next(c["asr"]["value"] for c in cells if (c["network"], c["trigger"], c["method"]) == (network, trigger, "none"))
+        der = 0.5 + max(0.0, victim - mine[0]["asr"]["value"]) / 2
+        rows.append(f"| {network} | {trigger} | {asr_of(mine[:1])} | {percent(der)} |\n")
+    if not rows:
+        return ""
+    head = "\n## Without a backdoor\n\nA trigger says something of its own: a sentence with a *no* in it makes a review worse. What it does to the same network without a backdoor\n"
+    return f"{head}is as low as a repair need go, and DER ends there.\n\n| network | trigger | ASR | DER of a repair that ends there |\n|---|---|---:|---:|\n{''.join(rows)}"
 
 
 def put_between(page: Path, start: str, end: str, text: str) -> None:

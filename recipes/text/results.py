@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..cells import CLEAN, asr_of, details, groups, percent, spread, summary
+from ..cells import CLEAN, FLOOR, asr_of, details, floors, groups, percent, spread, summary
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -37,9 +37,10 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 def write() -> None:
     """Write the page."""
     cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    said = [c for c in cells if c["clean_accuracy"]]
-    page = summary(said, "sentences") + details(said, "sentences", "BadNets")
-    PAGE.write_text(_HEAD + _written([c for c in cells if not c["clean_accuracy"]]) + page, "utf-8")
+    rows = [c for c in cells if c["kind"] != FLOOR]
+    said = [c for c in rows if c["clean_accuracy"]]
+    page = summary(said, "sentences") + floors([c for c in cells if c["clean_accuracy"]]) + details(said, "sentences", "BadNets")
+    PAGE.write_text(_HEAD + _written([c for c in rows if not c["clean_accuracy"]]) + page, "utf-8")
 
 
 def _written(cells: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..cells import details, overview, put_between, summary
+from ..cells import FLOOR, details, floors, overview, put_between, summary
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -60,5 +60,6 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 def write() -> None:
     """Write the page, and the table of the README."""
     cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    PAGE.write_text(_HEAD + summary(cells, "images") + details(cells, "images", "BadNets"), "utf-8")
+    floor, cells = floors(cells), [c for c in cells if c["kind"] != FLOOR]
+    PAGE.write_text(_HEAD + summary(cells, "images") + floor + details(cells, "images", "BadNets"), "utf-8")
     put_between(README, START, END, _README + "\n" + overview(cells, 500) + _README_NOTE)
