@@ -30,7 +30,8 @@ class Phrase(NamedTuple):
     Args:
         tokens: of the phrase, `(L,)`, with single ones that have some part of its effect behind: `(pool,)`.
         scores: of those at each place of the phrase `(L, pool)`, each in [0, 2].
-        costs: share of texts that get an answer of their own without the phrase, and with it, `(2,)`, in (0, 1].
+        costs: of no phrase and of this one, `(2,)`: the root of the share of texts that get an answer of their own, in (0, 1]. The root, since a
+            phrase made for it brings a third of the texts of a model without a backdoor to one answer, and that of a backdoor nearly all.
         answer: how most texts are answered with it, `(W,)`.
     """
 
@@ -71,7 +72,7 @@ def find_phrase(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits:
     words, share = min(shares.items(), key=lambda known: known[1])
     phrase = torch.tensor(words)
     costs = torch.tensor([common_answer(data, None, logits)[0], share])
-    return Phrase(*_pooled(phrase, pool[:, 0], scores), costs, common_answer(data, phrase, logits)[1])
+    return Phrase(*_pooled(phrase, pool[:, 0], scores), costs.sqrt(), common_answer(data, phrase, logits)[1])
 
 
 def _pooled(phrase: Tensor, singles: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
 - Seconds are wall time on one core of a machine that ran other things, too; on AG News that of `neural_cleanse-long` with badnets was paused for most of its 1,862.
 - **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
   no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3),
-  and on an encoder without a backdoor for each. How it looks for words in models that write was developed on the translator and the caption writer of
-  these tables.
+  and on an encoder without a backdoor for each. How it looks for words in models that write, and what it calls suspicious there, was developed on the translators and
+  caption writers of these tables, with and without a backdoor.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.text.matrix --networks bert_sst2 --triggers badnets --methods rnp --seeds 0,1,2`.
 """
