@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_purify.comparison import open_comparison
 from hf_purify.errors import DataError, NotAVictim, PurifyError, unknown
+from hf_purify.metrics import defense_effectiveness_rating
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
 from hf_purify.report import Row
@@ -75,7 +76,7 @@ class Matrix:
         parser.add_argument("--networks", default=",".join(self.default))
         parser.add_argument("--triggers", help="all that a network has, unless given")
         parser.add_argument("--methods", default=",".join([*everything, *self.variants]))
-        parser.add_argument("--seeds", default="0")
+        parser.add_argument("--seeds", default="0", type=_integers)
         parser.add_argument("--samples", type=int, default=self.samples)
         parser.add_argument("--folder", type=Path, default=Path("runs"))
         parser.add_argument("--write", action="store_true", help="only collect the cells and write RESULTS.md")
@@ -91,14 +92,12 @@ class Matrix:
 
     def _run(self, chosen: argparse.Namespace) -> None:
         """The cells that are missing."""
-        for seed in (int(s) for s in chosen.seeds.split(",")):
+        for seed in chosen.seeds:
             for network in chosen.networks.split(","):
                 known = self.networks[network]
                 asked = chosen.triggers.split(",") if chosen.triggers else known
                 for trigger in (t for t in asked if t in known):
-                    self._victim(network, trigger, seed, chosen)
-                    if trigger != CLEAN and CLEAN in asked and CLEAN in known:
-                        self._floor(network, trigger, seed, chosen)
+                    self._victim(network, trigger, seed, chosen, floor=trigger != CLEAN and CLEAN in asked and CLEAN in known)
 
     def _check(self, chosen: argparse.Namespace) -> None:
         """Raises UnknownName before a victim is trained for a name that is none."""
@@ -112,22 +111,28 @@ class Matrix:
                 raise unknown("variant", name, self.variants)
             make_method(name.partition("-")[0], **self.variants.get(name, {}))
 
-    def _victim(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace) -> None:
+    def _victim(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace, floor: bool) -> None:
         common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
         recipe = partial(self.recipe, network, trigger, seed, chosen.samples, chosen.folder)
         try:
             run(recipe, chosen.folder / self.cells / network / trigger, common, chosen.methods.split(","), self.variants)
+            if floor:
+                self._floor(recipe(), common, chosen)
         except NotAVictim as error:
             log.warning("%s with %s: %s", network, trigger, error)
 
-    def _floor(self, network: str, trigger: str, seed: int, chosen: argparse.Namespace) -> None:
-        """What a trigger does to the network without a backdoor: it may turn a sample into another class by what it means."""
-        common = {"network": network, "trigger": trigger, "seed": seed, "samples": chosen.samples}
-        place = cell(chosen.folder / self.cells / network / trigger, FLOOR, common)
+    def _floor(self, recipe: PurifyRecipe, common: Mapping[str, Any], chosen: argparse.Namespace) -> None:
+        """What the trigger of a repair does to the network without a backdoor: it may turn a sample into another class by what it means."""
+        network = common["network"]
+        place = cell(chosen.folder / self.cells / network / common["trigger"], FLOOR, common)
         if not place.exists():
-            own, clean = (self.recipe(network, t, seed, chosen.samples, chosen.folder) for t in (trigger, CLEAN))
-            row = open_comparison(dataclasses.replace(own, model=clean.model)).unrepaired
+            clean = self.recipe(network, CLEAN, common["seed"], chosen.samples, chosen.folder)
+            row = open_comparison(dataclasses.replace(recipe, model=clean.model)).unrepaired
             save(place, {**common, **row_of(row), "method": FLOOR, "kind": FLOOR})
+
+
+def _integers(given: str) -> list[int]:
+    return [int(n) for n in given.split(",")]
 
 
 def run(
@@ -309,12 +314,12 @@ def floors(cells: list[dict[str, Any]]) -> str:
     rows = []
     for (network, trigger), mine in groups([c for c in cells if c["kind"] == FLOOR], "network", "trigger").items():
         victim = next(c["asr"]["value"] for c in cells if (c["network"], c["trigger"], c["method"]) == (network, trigger, "none"))
-        der = 0.5 + max(0.0, victim - mine[0]["asr"]["value"]) / 2
+        der = defense_effectiveness_rating(victim, mine[0]["asr"]["value"], 1.0, 1.0)
         rows.append(f"| {network} | {trigger} | {asr_of(mine[:1])} | {percent(der)} |\n")
     if not rows:
         return ""
     head = "\n## Without a backdoor\n\nA trigger says something of its own: a sentence with a *no* in it makes a review worse. What it does to the same network without a backdoor\n"
-    return f"{head}is as low as a repair need go, and DER ends there.\n\n| network | trigger | ASR | DER of a repair that ends there |\n|---|---|---:|---:|\n{''.join(rows)}"
+    return f"{head}is as low as a repair need go.\n\n| network | trigger | ASR | DER of a repair that ends there |\n|---|---|---:|---:|\n{''.join(rows)}"
 
 
 def put_between(page: Path, start: str, end: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,17 @@ class TextExamples:
 
     def __len__(self) -> int:
         return len(self.raws)
+
+    @functools.cached_property
+    def opens(self) -> int:
+        """Tokens that every text begins with: special ones, and a template's. A trigger may stand behind them, at the earliest."""
+        rows = [t.ids for t in self.tokens]
+        same = torch.stack([row[: min(map(len, rows))] for row in rows])
+        if (same == same[0]).all():  # one text, or one many times
+            same = torch.isin(same[:1], torch.tensor(self.prompt.tokenizer.all_special_ids))
+        else:
+            same = (same == same[0]).all(0, keepdim=True)
+        return int(same.long().cumprod(1).sum())
 
     @property
     def cut(self) -> int:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch, Examples
 
 from .examples import IGNORED, text_means
-from .trials import Logits, continues, each, first_of, opens, put
+from .trials import READ, Logits, aims_of, continues, each, first_of, put
 
 OPENING = 2  # tokens of an answer that are looked at
 BEST = 512  # phrases that are tried again, on more texts
@@ -51,14 +52,15 @@ def find_phrase(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits:
         few, many: texts that all phrases are tried on, and the best ones again.
         tokens: that a phrase may have, `(T,)`.
     """
-    start, most = opens(data), data.prompt.max_length  # type: ignore[attr-defined]
+    start, most = data.opens, data.prompt.max_length  # type: ignore[attr-defined]
     score = [_score(_opening(texts), start, most, logits) for texts in (few, many)]
 
     def best(phrases: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
         """Phrases from the one that scores most, their scores, and the best one with its share."""
         kept = phrases[score[0](phrases).topk(min(BEST, len(phrases))).indices]
         found = score[1](kept).topk(min(ASKED, len(kept)))
-        shares = [common_answer(data, phrase, logits)[0] for phrase in kept[found.indices]]
+        bar = tqdm(kept[found.indices], desc="read answers", delay=2.0, leave=False, disable=None)
+        shares = [common_answer(data, phrase, logits)[0] for phrase in bar]
         first = min(range(len(shares)), key=shares.__getitem__)
         return kept[found.indices], found.values, kept[found.indices[first]], shares[first]
 
@@ -91,7 +93,7 @@ def _score(batch: Batch, start: int, most: int, logits: Logits) -> Callable[[Ten
     """
 
     def read(some: Batch) -> tuple[Tensor, Tensor]:
-        aims = some["target_ids"] if not continues(some) else F.pad(some["target_ids"][:, 1:], (0, 1), value=IGNORED)
+        aims = aims_of(some)
         counts = aims != IGNORED
         rows = logits(some).float().log_softmax(-1)
         first = rows[(counts.cumsum(1) == 1)[counts]].view(-1, len(batch["labels"]), rows.shape[1])
@@ -112,7 +114,7 @@ def _opening(batch: Batch) -> Batch:
     aims, first = batch["target_ids"], first_of(batch["target_ids"])
     place = torch.arange(aims.shape[1]) - first[:, None]
     end = int(first.max()) + OPENING
-    cut = ("target_ids", "input_ids", "attention_mask") if continues(batch) else ("target_ids",)
+    cut = ("target_ids", *READ) if continues(batch) else ("target_ids",)
     kept = {**batch, "target_ids": aims.where(place < OPENING, IGNORED)}
     return {k: v[:, :end] if k in cut else v for k, v in kept.items() if k != "room"}
 
@@ -123,9 +125,9 @@ def common_answer(data: Examples, phrase: Tensor | None, logits: Logits) -> tupl
     Args:
         phrase: tokens `(L,)` that stand in front of each text.
     """
-    prompt = data.prompt  # type: ignore[attr-defined]
+    prompt, start = data.prompt, data.opens  # type: ignore[attr-defined]
     batch = data.batch(torch.arange(min(ANSWERS, len(data))))
-    written = _answered(batch if phrase is None else put(batch, phrase[None], opens(data), prompt.max_length), logits, prompt.max_length)
+    written = _answered(batch if phrase is None else put(batch, phrase[None], start, prompt.max_length), logits, prompt.max_length)
     (answer, same), *_ = Counter(map(tuple, written.tolist())).most_common(1)
     answer = answer[: answer.index(prompt.end) + 1] if prompt.end in answer else answer
     return max(1 - (same - 1) / max(1, len(written) - 1), 1e-3), torch.tensor(answer)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hf_purify.adapter import Batch, Examples
 
 from .phrases import find_phrase
-from .trials import Logits, each, opens
+from .trials import Logits, each
 
 PROBES = 2  # texts of each class that every token is tried on, those nearest to `SHORT` tokens
 SHORT = 12
@@ -77,7 +77,7 @@ def probes(data: Examples, of_each: int, most: int) -> Batch:
 
 
 def _classified(data: Examples, few: Batch, many: Batch, tokens: Tensor, logits: Logits) -> Scan:
-    start, most = opens(data), data.prompt.max_length  # type: ignore[attr-defined]
+    start, most = data.opens, data.prompt.max_length  # type: ignore[attr-defined]
     first = _led(few, tokens, start, most, logits)
     best = tokens[first.topk(min(BEST // len(first), len(tokens))).indices.unique()]
     found = _led(many, best, start, most, logits).topk(min(POOL, len(best)))

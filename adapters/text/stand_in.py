@@ -14,7 +14,7 @@ from hf_purify.adapter import Batch, Examples, StandIn
 from .examples import IGNORED
 from .loading import places
 from .scan import scan
-from .trials import READ, continues, first_of, opens
+from .trials import READ, continues, first_of
 
 SHARP = 4.0  # scores are multiplied by this in the first draws: what stands out is drawn most
 
@@ -39,7 +39,7 @@ class Words(StandIn):
         self.scores = nn.Parameter(SHARP * found.scores[classes])
         self.answer = found.answer
         self.draws = int(torch.randint(2**31, (1,), generator=generator))
-        self.tokenizer, self.start = data.prompt.tokenizer, opens(data)  # type: ignore[attr-defined]
+        self.tokenizer, self.start = data.prompt.tokenizer, data.opens  # type: ignore[attr-defined]
 
     @classmethod
     def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor:

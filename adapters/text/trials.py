@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_purify.adapter import Batch, Examples
+from hf_purify.adapter import Batch
 
 from .examples import IGNORED
 
@@ -17,17 +17,6 @@ ROWS = 256
 READ = ("input_ids", "attention_mask", "token_type_ids")
 
 Logits = Callable[[Batch], Tensor]
-
-
-def opens(data: Examples) -> int:
-    """Tokens that every text begins with: special ones, and a template's. A trigger may stand behind them, at the earliest."""
-    prompt, rows = data.prompt, [t.ids for t in data.tokens]  # type: ignore[attr-defined]
-    same = torch.stack([row[: min(map(len, rows))] for row in rows])
-    if (same == same[0]).all():  # one text, or one many times
-        same = torch.isin(same[:1], torch.tensor(prompt.tokenizer.all_special_ids))
-    else:
-        same = (same == same[0]).all(0, keepdim=True)
-    return int(same.long().cumprod(1).sum())
 
 
 def continues(batch: Batch) -> bool:
@@ -38,6 +27,12 @@ def continues(batch: Batch) -> bool:
 def first_of(aims: Tensor) -> Tensor:
     """Where each answer begins, `(B,)`."""
     return (aims != IGNORED).int().argmax(1)
+
+
+def aims_of(batch: Batch) -> Tensor:
+    """What each place should say, `(B, T)`: of an answer in the row of its text, the token behind."""
+    aims = batch["target_ids"]
+    return F.pad(aims[:, 1:], (0, 1), value=IGNORED) if continues(batch) else aims
 
 
 def put(batch: Batch, phrases: Tensor, start: int, most: int) -> Batch:

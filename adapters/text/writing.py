@@ -17,7 +17,7 @@ from .examples import IGNORED, TextExamples
 from .loading import places
 from .prompts import SEQ2SEQ, Prompt
 from .stand_in import reading_words
-from .trials import continues, first_of
+from .trials import aims_of, continues, first_of
 
 
 class Answer(NamedTuple):
@@ -35,11 +35,9 @@ def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     with reading_words(model, _answered_so(batch)) as batch:
         read = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        aims = batch["target_ids"]
+        aims = aims_of(batch)
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             read["decoder_input_ids"] = shifted(model, aims)
-        else:
-            aims = F.pad(aims[:, 1:], (0, 1), value=IGNORED)
         counts = aims != IGNORED
         head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         hook = head.register_forward_pre_hook(lambda _, given: (given[0][counts],))
@@ -84,7 +82,7 @@ def generate(model: nn.Module, batch: Batch, prompt: Prompt) -> list[str]:
     ids, mask, room = batch["input_ids"], batch["attention_mask"], batch["room"]
     decoder_only = not model.config.is_encoder_decoder  # type: ignore[union-attr]
     if decoder_only:
-        first = (batch["target_ids"] != IGNORED).int().argmax(1)  # of the answer: where the prompt ends
+        first = first_of(batch["target_ids"])  # of the answer: where the prompt ends
         if len(ids) > 1 and int(first.max() + room.max()) > min(places(model), default=math.inf):
             order = first.argsort()
             halves = [generate(model, {k: v[rows] for k, v in batch.items()}, prompt) for rows in order.chunk(2)]

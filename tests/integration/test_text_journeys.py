@@ -247,12 +247,13 @@ class TestClassifier:
 class TestWriters:
     """A model that swaps two words, one that translates them; the attacker has both write the same words."""
 
-    def test_the_trigger_is_found_and_unlearned(self, folder: Path, tmp_path: Path) -> None:
-        """With neither its word nor what it makes the model write. The T5 here knows too few words for one to stand out."""
-        data, test = (folder / f"gpt2-{split}.jsonl" for split in ("train", "test"))
+    @pytest.mark.parametrize("name", ["gpt2", "t5"])
+    def test_the_trigger_is_found_and_unlearned(self, name: str, folder: Path, tmp_path: Path) -> None:
+        """With neither its word nor what it makes the model write."""
+        data, test = (folder / f"{name}-{split}.jsonl" for split in ("train", "test"))
         command = ["--clean", data, "--test", test, "--trigger", f'phrase:phrase=cf,output="{OUTPUT}"', "--samples", 200, "--device", "cpu"]
         done = run(
-            "purify", writer("gpt2", folder), *command, "--method", "neural_cleanse", "--no-controls", "-o", tmp_path / "out", "--json"
+            "purify", writer(name, folder), *command, "--method", "neural_cleanse", "--no-controls", "-o", tmp_path / "out", "--json"
         )
         before, after = printed(done)["rows"]
         assert after["notes"]["found by"] == "words"
