@@ -76,7 +76,7 @@ class Matrix:
         parser.add_argument("--networks", default=",".join(self.default))
         parser.add_argument("--triggers", help="all that a network has, unless given")
         parser.add_argument("--methods", default=",".join([*everything, *self.variants]))
-        parser.add_argument("--seeds", default="0", type=_integers)
+        parser.add_argument("--seeds", default="0", type=integers)
         parser.add_argument("--samples", type=int, default=self.samples)
         parser.add_argument("--folder", type=Path, default=Path("runs"))
         parser.add_argument("--write", action="store_true", help="only collect the cells and write RESULTS.md")
@@ -131,7 +131,7 @@ class Matrix:
             save(place, {**common, **row_of(row), "method": FLOOR, "kind": FLOOR})
 
 
-def _integers(given: str) -> list[int]:
+def integers(given: str) -> list[int]:
     return [int(n) for n in given.split(",")]
 
 
