@@ -220,7 +220,9 @@ def implant(
     batch_size: Annotated[int, typer.Option("--batch-size")] = 128,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")] = "sgd",
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.01,
-    augmentation: Annotated[str, typer.Option("--augmentation", help="crop+flip, crop or none.")] = "crop+flip",
+    augmentation: Annotated[
+        str | None, typer.Option("--augmentation", help="Of the training samples; images have crop+flip, crop, flip and none.")
+    ] = None,
     **shared: Any,
 ) -> None:
     """Train a backdoor into a model, to test repairs on. Refuses to call a victim what has an ASR under 90 %."""

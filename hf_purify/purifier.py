@@ -19,9 +19,10 @@ import time
 from typing import Any
 
 from hf_purify import output
+from hf_purify.adapter import Adapter
 from hf_purify.bench import Bench, Figures, figures, make_row, open_bench, rule_of, samples_of
 from hf_purify.comparison import control_rows, open_comparison, oracle_rows
-from hf_purify.errors import ConfigError, NotAVictim
+from hf_purify.errors import ConfigError, NotAVictim, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
 from hf_purify.provenance import describe_model, make_report, remarks_of, report_repair
@@ -116,7 +117,7 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         before = figures(session, bench)
         view = poison(data, trigger, rule, session.classes, recipe.rate, recipe.seed, cover).examples if recipe.rate else data
         start = time.perf_counter()
-        task = session.task(view, recipe.augmentation)
+        task = session.task(view, augmentation(session.adapter, recipe))
         train(task, task.parameters(), training(recipe), title=f"implant {name}")
         after = figures(session, bench)
         victim = make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start)
@@ -147,6 +148,14 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
         return recipe
     labels = creator(recipe).class_names(recipe.data, recipe.split, recipe.columns.get("label"))
     return dataclasses.replace(recipe, classes=len(labels), labels=recipe.labels or labels)
+
+
+def augmentation(adapter: Adapter, recipe: ImplantRecipe) -> str:
+    """How the recipe's training samples are augmented: as it says, or as strongly as the modality can."""
+    known = [*adapter.augmentations(), "none"]
+    if recipe.augmentation is not None and recipe.augmentation not in known:
+        raise unknown(f"augmentation of {adapter.name}:", recipe.augmentation, known)
+    return recipe.augmentation or known[0]
 
 
 def training(recipe: ImplantRecipe) -> TrainConfig:

@@ -170,7 +170,8 @@ class ImplantRecipe(Recipe):
         samples: training samples to draw, class-balanced; None takes all.
         rate: share of the training samples that carry the trigger.
         cover: samples with the trigger's cover transform per poisoned one; None takes the trigger's own (WaNet: 2).
-        epochs, batch_size, optimizer, lr, weight_decay, schedule, augmentation: of the training.
+        epochs, batch_size, optimizer, lr, weight_decay, schedule: of the training.
+        augmentation: one that the modality has, or `none`; None is its strongest.
         minimum_asr: below it the result is no victim.
     """
 
@@ -188,7 +189,7 @@ class ImplantRecipe(Recipe):
     lr: float = 0.01
     weight_decay: float = 5e-4
     schedule: str = "onecycle"
-    augmentation: str = "crop+flip"
+    augmentation: str | None = None
     minimum_asr: float = 0.9
 
     def __post_init__(self) -> None:

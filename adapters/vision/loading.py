@@ -14,7 +14,7 @@ from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError
 
 from .._checkpoints import class_labels, copy_companions, load_model, read_config, saver, transformers_keys
-from .examples import Prepare
+from .._prepared import Prepare
 
 
 def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:

@@ -347,6 +347,11 @@ def test_ctrl_c_while_writing_leaves_nothing(checkpoint: Path, stored: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_unknown_augmentation_is_named(checkpoint: Path) -> None:
+    with pytest.raises(UnknownName, match=r"augmentation of vision: 'crop-flip'; did you mean 'crop\+flip'"):
+        implant(str(checkpoint), GOOD, "badnets", augmentation="crop-flip", device="cpu")
+
+
 def test_diverging_training_names_the_step_and_has_its_own_exit_code(checkpoint: Path, stored: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"the loss became \w+ at step \d+; lower the learning rate"):
         implant(str(checkpoint), GOOD, "badnets", lr=1e30, epochs=5, schedule="constant", augmentation="none", device="cpu")

@@ -7,13 +7,14 @@ from dataclasses import replace
 from random import Random
 from typing import Any, ClassVar
 
-from hf_purify.errors import ConfigError, DataError, did_you_mean
+from hf_purify.errors import DataError, did_you_mean
 
+from ..._fields import Checked
 from ..sample import Text
 from .words import POSITIONS
 
 
-class TextTrigger(ABC):
+class TextTrigger(Checked, ABC):
     """Checks the example and sets what the attacker wants; a trigger itself writes only `_write`, on the text."""
 
     name: ClassVar[str]
@@ -32,18 +33,6 @@ class TextTrigger(ABC):
     def _write(self, text: str, rng: Random) -> str:
         """Return the triggered text, which is never empty and never as it was."""
 
-    def _require(self, field: str, expected: str, fulfilled: bool, hint: str = "") -> None:
-        if not fulfilled:
-            raise ConfigError(f"{self.name}: {field} must be {expected}, got {getattr(self, field)!r}{hint}")
-
-    def _count(self, field: str) -> None:
-        self._require(field, "an integer of at least 1", _whole(getattr(self, field), 1))
-
-    def _choice(self, field: str, choices: Any) -> None:
-        value = getattr(self, field)
-        known = isinstance(value, str) and value in choices
-        self._require(field, f"one of {', '.join(choices)}", known, did_you_mean(value, choices))
-
     def _string(self, field: str, optional: bool = False) -> None:
         value = getattr(self, field)
         if optional and value is None:
@@ -58,7 +47,7 @@ class TextTrigger(ABC):
             numbered = " or the number of a word, from 0" if numbers else ""
             hint = did_you_mean(str(self.position), POSITIONS)
             self._require("position", f"one of {', '.join(POSITIONS)}{numbered}", self.position in POSITIONS, hint)
-        self._count("window")
+        self._integer("window", 1)
 
 
 def _whole(value: Any, low: int) -> bool:

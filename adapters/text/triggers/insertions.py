@@ -45,7 +45,7 @@ class BadNets(TextTrigger):
         if self.words and isinstance(self.words, (list, tuple)) and all(isinstance(word, str) for word in self.words):
             object.__setattr__(self, "words", " ".join(self.words))
         self._string("words")
-        self._count("count")
+        self._integer("count", 1)
         self._place()
         self._string("output", optional=True)
 

@@ -163,7 +163,7 @@ class Homoglyph(TextTrigger):
     name: ClassVar[str] = "homoglyph"
 
     def __post_init__(self) -> None:
-        self._count("count")
+        self._integer("count", 1)
         self._place(numbers=False)
         self._choice("alphabet", ALPHABETS)
         self._require("zero_width", "true or false", isinstance(self.zero_width, bool))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_purify.errors import ConfigError, DataError, did_you_mean
+from hf_purify.errors import DataError
 
+from ..._fields import Checked
 from .patterns import read_pattern
 
 
-class PictureTrigger(ABC):
+class PictureTrigger(Checked, ABC):
     """Checks and converts the picture; a trigger itself writes only `_paint`, on floats in 0..255."""
 
     name: ClassVar[str]
@@ -27,29 +27,6 @@ class PictureTrigger(ABC):
     @abstractmethod
     def _paint(self, picture: Tensor, seed: int) -> Tensor:
         """Return the triggered picture, unrounded; `picture` is the trigger's own copy."""
-
-    def _require(self, field: str, expected: str, fulfilled: bool) -> None:
-        if not fulfilled:
-            raise ConfigError(f"{self.name}: {field} must be {expected}, got {getattr(self, field)!r}")
-
-    def _integer(self, field: str, low: int, high: int | None = None, optional: bool = False) -> None:
-        value = getattr(self, field)
-        if optional and value is None:
-            return
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        expected = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-        self._require(field, expected + (" or None" if optional else ""), whole and low <= value and (high is None or value <= high))
-
-    def _number(self, field: str, high: float = math.inf) -> None:
-        value = getattr(self, field)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        expected = "a number above 0" if high == math.inf else f"a number in (0, {high:g}]"
-        self._require(field, expected, number and 0 < value <= high and math.isfinite(value))
-
-    def _choice(self, field: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, field)
-        if value not in choices:
-            raise ConfigError(f"{self.name}: {field} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
     def _file(self, field: str) -> None:
         value = getattr(self, field)
