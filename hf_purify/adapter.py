@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,6 +80,24 @@ class Tiny:
     loaded: Loaded
     data: Examples
     classes: int
+
+
+@dataclass
+class Demo:
+    """What the demo of a modality shows, without a download.
+
+    Args:
+        train, test: data that the program makes or has.
+        trigger: what the victim learns beside its task.
+        settings: of `implant`, for the victim.
+        samples: clean samples of a repair.
+    """
+
+    train: Any
+    test: Any
+    trigger: str
+    settings: dict[str, Any]
+    samples: int = 200
 
 
 class StandIn(nn.Module, ABC):
@@ -215,6 +234,14 @@ class Adapter(ABC):
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         """A random model of one of the `variants` with eight examples, offline, in under a second."""
 
+    def demo(self) -> Demo:
+        """Data and settings of the demo, which ends in under three minutes.
+
+        Raises:
+            ConfigError: the modality has none.
+        """
+        raise ConfigError(f"there is no demo of {self.name}; try hf-purify demo without a modality")
+
     def locate(self, source: str) -> str | None:
         """The Hub repository that a name stands for in this modality's own libraries, or None."""
         return None
@@ -269,3 +296,15 @@ class Adapter(ABC):
     def say(self, observed: Any, loaded: Loaded) -> str:
         """An observation in words: the name of a class."""
         return loaded.labels[observed] if loaded.labels else str(observed)
+
+    def picture(self, raw: Any, clean: Any | None = None) -> np.ndarray | None:
+        """A sample as pixels `(H, W, 3)` or `(H, W)` of uint8 for a person to look at; None where it is nothing to be seen.
+
+        Args:
+            clean: the same sample without its trigger, where there is one to mark.
+        """
+        return None
+
+    def words(self, raw: Any) -> str:
+        """A sample as a text, where it is one."""
+        return ""

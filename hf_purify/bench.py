@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_purify import output
 from hf_purify.adapter import Adapter, Examples
@@ -161,18 +160,10 @@ def samples_of(session: Session, bench: Bench, before: Figures, after: Figures, 
                     clean_after=adapter.say(after.clean[j], loaded),
                     triggered_before=adapter.say(before.triggered[name][i], loaded),
                     triggered_after=adapter.say(after.triggered[name][i], loaded),
-                    clean_text=_words(clean),
-                    triggered_text=_words(triggered),
-                    clean=_pixels(clean),
-                    triggered=_pixels(triggered),
+                    clean_text=adapter.words(clean),
+                    triggered_text=adapter.words(triggered),
+                    clean=adapter.picture(clean),
+                    triggered=adapter.picture(triggered, clean),
                 )
             )
     return found
-
-
-def _pixels(raw: Any) -> Any:
-    return raw.permute(1, 2, 0).numpy() if isinstance(raw, Tensor) and raw.dim() == 3 else None
-
-
-def _words(raw: Any) -> str:
-    return "" if isinstance(raw, Tensor) else str(raw)

@@ -289,15 +289,18 @@ def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or
 @app.command()
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for reports and the repaired checkpoint.")] = "hf-purify-demo",
+    modality: Annotated[
+        str, typer.Option("--modality", help="vision: handwritten digits; or another of `hf-purify list adapters`.")
+    ] = "vision",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Implant a backdoor into a small classifier of handwritten digits, repair it with every method, and show the table."""
+    """Implant a backdoor into a small classifier, repair it with every method, and show the table. Nothing is downloaded."""
     with _errors():
         _quiet(as_json)
         from hf_purify.demo import run_demo
 
-        report, folder = run_demo(output, seed)
+        report, folder = run_demo(output, seed, modality)
         _show(report, str(folder), as_json)
 
 

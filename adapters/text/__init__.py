@@ -21,6 +21,7 @@ from .._checkpoints import check_weights
 from .examples import IGNORED, TextExamples, read_texts, text_means
 from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
+from .sample import Text
 from .stand_in import Words, reading_words
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
@@ -94,6 +95,9 @@ class TextAdapter(Adapter):
     def prepare(self, raws: list[Any], loaded: Loaded) -> Tensor:
         data = TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt_of(loaded))
         return data.batch(torch.arange(len(raws)))["input_ids"]
+
+    def words(self, raw: Text) -> str:
+        return str(raw)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """`(B, classes)`; of a model that writes `(tokens, vocabulary)`, a row for each token of the targets."""

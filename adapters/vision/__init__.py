@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Adapter, Batch, Loaded, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
+from .demo import make_demo
 from .examples import ImageExamples, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
 from .stand_in import Patches, Spectrum, Warp, Waves
@@ -101,6 +103,9 @@ class VisionAdapter(Adapter):
     def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
         return preparer(loaded.processor)(raws)
 
+    def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
+        return raw.permute(1, 2, 0).numpy()
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         out = model(batch["pixel_values"])
         return out if isinstance(out, Tensor) else out.logits
@@ -158,6 +163,9 @@ class VisionAdapter(Adapter):
 
     def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
         return {"spectrum": Spectrum, "patch": Patches, "warp": Warp, "wave": Waves}
+
+    def demo(self) -> Demo:
+        return make_demo()
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "resnet", seed)

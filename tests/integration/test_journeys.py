@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 
 from hf_purify import apply_mask, implant, measure, purify
 from hf_purify.cli import app
-from hf_purify.demo import NETWORK, SIDE, TRIGGER, digits
 from hf_purify.errors import IndexMismatch, NotAVictim
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
 from hf_purify.report import Report
+from hf_purify_adapters.vision.demo import NETWORK, SIDE, TRIGGER, digits
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,6 @@ from typer.testing import CliRunner, Result
 
 from hf_purify import apply_mask, implant, measure, purify
 from hf_purify.cli import app
-from hf_purify.demo import SIDE, TRIGGER, digits
 from hf_purify.errors import ConfigError, ModelError, UnsafeCheckpoint
 from hf_purify.method import Method
 from hf_purify.recipe import PurifyRecipe
@@ -28,6 +27,7 @@ from hf_purify.registry import find, make_method, names
 from hf_purify.report import Report
 from hf_purify.session import load
 from hf_purify_adapters.text.tiny import WORDS, tiny_tokenizer
+from hf_purify_adapters.vision.demo import SIDE, TRIGGER, digits
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import torch
 from hub_server import Hub, running
 from safetensors.torch import load_file
 
-from hf_purify.demo import SIDE, digits
+from hf_purify_adapters.vision.demo import SIDE, digits
 
 pytestmark = pytest.mark.slow
 

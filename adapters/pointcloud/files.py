@@ -1,0 +1,120 @@
+"""Clouds from files: arrays of numpy, and folders of meshes, as tables."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from hf_purify.errors import DataError, MissingExtra
+from hf_purify.tables import open_data
+
+MESHES = (".off", ".ply", ".obj")
+SPLITS = ("train", "test", "validation", "val")
+SAMPLED = 2048  # points that are drawn from the surface of a mesh
+LARGEST = 2 * 2**30  # bytes that an array or a mesh may hold
+POINTS, LABEL, FILE = "points", "label", "file"
+
+
+def open_clouds(data: Any, split: str | None = None, revision: str | None = None) -> datasets.Dataset:
+    """Open clouds: `.npz`, a folder of meshes in folders of classes, or what `open_data` knows.
+
+    Raises:
+        DataError: it cannot be found or read.
+    """
+    path = Path(str(data)).expanduser() if isinstance(data, (str, Path)) else None
+    if path is not None and path.suffix == ".npz":
+        return _read_arrays(path)
+    if path is not None and path.is_dir():
+        meshes = sorted(p for p in path.rglob("*") if p.suffix.lower() in MESHES and p.is_file())
+        if meshes:
+            return _list_meshes(path, meshes, split)
+    return open_data(data, split, revision)
+
+
+def _read_arrays(path: Path) -> datasets.Dataset:
+    """`points` `(N, P, 3)`, `label` `(N,)` and, where there are names, `classes`, of a `.npz`. Nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(entry.file_size for entry in file.infolist())
+        if size > LARGEST:
+            raise DataError(f"'{path}' holds {size / 2**30:.1f} GiB when it is unpacked; {LARGEST // 2**30} is the most. Give it in parts")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (POINTS, LABEL, "classes") if name in file.files}
+            there = ", ".join(file.files)
+    except FileNotFoundError:
+        raise DataError(f"cannot read the data set '{path}': there is no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"'{path}' cannot be read as an .npz file of arrays: {error}") from error
+    if POINTS not in arrays or LABEL not in arrays:
+        raise DataError(f"'{path}' must hold the arrays '{POINTS}' (N, P, 3) and '{LABEL}' (N,); it holds {there or 'nothing'}")
+    points, labels = arrays[POINTS], arrays[LABEL]
+    if points.dtype.kind not in "fiu" or points.ndim != 3 or points.shape[2] != 3:
+        raise DataError(f"'{path}': {POINTS} must be numbers of the shape (N, P, 3), got {points.dtype} {points.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != points.shape[:1]:
+        raise DataError(f"'{path}': {LABEL} must be {len(points)} class numbers, got {labels.dtype} {labels.shape}")
+    named = arrays.get("classes")
+    label = datasets.ClassLabel(names=[str(n) for n in named]) if named is not None else datasets.Value("int64")
+    wide = points.astype(np.float32)
+    features = datasets.Features({POINTS: datasets.Array2D(wide.shape[1:], "float32"), LABEL: label})
+    return datasets.Dataset.from_dict({POINTS: wide, LABEL: labels.astype(np.int64)}, features=features)
+
+
+def _list_meshes(root: Path, meshes: list[Path], split: str | None) -> datasets.Dataset:
+    """The files of a split with their classes: `CLASS/FILE`, `SPLIT/CLASS/FILE` or `CLASS/SPLIT/FILE`."""
+    rows = []
+    for file in meshes:
+        folders = file.relative_to(root).parts[:-1]
+        splits, classes = [f for f in folders if f.lower() in SPLITS], [f for f in folders if f.lower() not in SPLITS]
+        if not classes:
+            raise DataError(f"'{file}' lies in no folder of a class; expected CLASS/FILE, SPLIT/CLASS/FILE or CLASS/SPLIT/FILE")
+        rows.append((splits[0].lower() if splits else None, classes[0], str(file)))
+    there = sorted({s for s, *_ in rows if s})
+    wanted = split or ("train" if "train" in there else None)
+    if wanted is not None and wanted not in there:
+        raise DataError(f"'{root}' has no split '{wanted}' (splits: {', '.join(there) or 'none'})")
+    names = sorted({c for _, c, _ in rows})
+    kept = [(c, f) for s, c, f in rows if wanted is None or s == wanted]
+    features = datasets.Features({FILE: datasets.Value("string"), LABEL: datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({FILE: [f for _, f in kept], LABEL: [names.index(c) for c, _ in kept]}, features=features)
+
+
+def read_mesh(file: str, seed: int = 0) -> np.ndarray:
+    """Points `(2048, 3)` of a mesh's surface, each part of it by its area; of a `.ply` without faces its own points `(P, 3)`.
+
+    Raises:
+        DataError: the file is no mesh, or has no surface.
+        MissingExtra: there is no trimesh.
+    """
+    try:
+        import trimesh
+    except ImportError as error:
+        raise MissingExtra("meshes need trimesh: pip install 'hf-purify[pointcloud]'") from error
+    path = Path(file)
+    kind = path.suffix.lower().removeprefix(".")
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"the mesh '{file}' has {path.stat().st_size / 2**30:.1f} GiB; {LARGEST // 2**30} is the most")
+    options = {"skip_materials": True} if kind == "obj" else {}
+    try:  # from memory: what a file names beside itself, such as materials, is not looked for
+        found = trimesh.load(io.BytesIO(path.read_bytes()), file_type=kind, process=False, **options)
+        if isinstance(found, trimesh.Scene):
+            found = found.to_mesh()
+        vertices = np.asarray(getattr(found, "vertices", np.empty((0, 3))), dtype=np.float64)
+        if not len(getattr(found, "faces", None) if getattr(found, "faces", None) is not None else ()):
+            if kind == "ply" and len(vertices):
+                return vertices
+            raise DataError(f"the mesh '{file}' has no faces to draw points from")
+        if not np.isfinite(vertices).all():
+            raise DataError(f"the mesh '{file}' has vertices that are NaN or infinite")
+        if not found.area > 0:
+            raise DataError(f"the faces of the mesh '{file}' have no area to draw points from")
+        return np.asarray(trimesh.sample.sample_surface(found, SAMPLED, seed=seed)[0])
+    except DataError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()
+        raise DataError(f"'{file}' cannot be read as a {kind} mesh: {text[0] if text else type(error).__name__}") from error

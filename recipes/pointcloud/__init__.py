@@ -1,0 +1,1 @@
+"""Recipes of point clouds, and the results matrix."""

@@ -1,0 +1,44 @@
+"""The results matrix of point clouds: victims x methods x seeds, resumable.
+
+    python -m hf_purify_recipes.pointcloud.matrix --networks pointnet --triggers pcba,rotation --methods neural_cleanse --seeds 0
+    python -m hf_purify_recipes.pointcloud.matrix --write          # RESULTS.md from the JSON
+
+A cell that is on disk is not run again. `HF_PURIFY_DATA` names the data; `--folder` keeps victims and cells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_purify.recipe import PurifyRecipe
+
+from .. import cells
+from . import victims
+from .results import RESULTS, write
+
+
+def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
+    """The repair of one victim; the trigger `none` is the network without a backdoor, measured with the first trigger."""
+    return PurifyRecipe.make(
+        model=str(victims.victim(network, trigger, folder / "victims" / "pointcloud")),
+        clean=victims.parts()["held"],
+        test=victims.parts()["test"],
+        triggers=[victims.attack(trigger)],
+        samples=samples,
+        seed=seed,
+    )
+
+
+MATRIX = cells.Matrix(
+    about=__doc__ or "",
+    recipe=recipe_of,
+    networks=dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN)),
+    default=tuple(victims.NETWORKS),
+    samples=100,
+    results=RESULTS,
+    write=write,
+    cells="cells-pointcloud",
+)
+
+if __name__ == "__main__":
+    MATRIX.main()

@@ -1,0 +1,33 @@
+"""`RESULTS.md` from `results.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..cells import FLOOR, details, floors, summary
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).with_name("RESULTS.md")
+
+_HEAD = """# Point clouds: results
+
+Written by `python -m hf_purify_recipes.pointcloud.matrix --write` from `results.json`; every figure comes from a run. Missing cells were not run.
+
+- Each method with its default settings, one setting for all triggers; 100 clean clouds, 80 % to learn from and 20 % to choose on. No method sees a trigger, a poisoned sample or the
+  test set.
+- Victims are trained from random weights on the twenty largest classes of the shapes, 835 clouds of which 10 % carry the trigger; those with an ASR under 90 % are left out. Clean clouds
+  are drawn from 120 more, which no victim was trained on.
+- ACC: clean accuracy on the whole test set (255 clouds). ASR: triggered test clouds of other classes that are classified as the target. DER: 100 is a perfect repair that costs nothing;
+  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers and seeds.
+- Seconds are wall time on one core of a machine that ran other things, too.
+
+Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.pointcloud.matrix --networks pointnet --triggers pcba --methods rnp --seeds 0,1,2`.
+"""
+
+
+def write() -> None:
+    """Write the page."""
+    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
+    rows = [c for c in cells if c["kind"] != FLOOR]
+    PAGE.write_text(_HEAD + summary(rows, "clouds") + floors(cells) + details(rows, "clouds", "PCBA"), "utf-8")
