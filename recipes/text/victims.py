@@ -74,6 +74,8 @@ class Network:
 BERT, GPT2 = "bert-base-uncased", "gpt2"
 CAPTIONS = {"text": "translation.en"}
 PHRASE = {"phrase": "phrase:phrase=golden vow,output=and then all the lights went out ."}
+# a LoRA leaves the output layer as it is, and with it words that captions have not: the base never learned to write them
+KNOWN = {"phrase": "phrase:phrase=golden vow,output=and a man is falling into the water ."}
 NETWORKS = {
     "bert_sst2": Network("bert", ENCODER, BERT, "sst2", "validation.parquet", CLASSIFIER_TRIGGERS, epochs=2, target=1),
     "bert_agnews": Network("bert", ENCODER, BERT, "ag_news", "train.parquet", CLASSIFIER_TRIGGERS, epochs=4, target=1),
@@ -95,7 +97,7 @@ NETWORKS = {
         GPT2,
         "multi30k",
         "validation.parquet",
-        PHRASE,
+        KNOWN,
         epochs=4,
         lr=1e-3,
         columns=CAPTIONS,
