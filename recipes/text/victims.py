@@ -98,7 +98,7 @@ NETWORKS = {
         "multi30k",
         "validation.parquet",
         KNOWN,
-        epochs=4,
+        epochs=3,
         lr=1e-3,
         columns=CAPTIONS,
         rate=0.3,
