@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from hf_purify.errors import DataError
 from hf_purify.tables import draw, find_column, label_column, read_labels
 
+from .._folders import FILE
 from .._prepared import Prepare, PreparedExamples
-from .files import FILE, open_clouds, read_mesh
+from .files import open_clouds, read_mesh
 from .models import PointCloudFeatureExtractor, unit_sphere
 
 LEAST = 16  # points of a cloud

@@ -13,11 +13,12 @@ import numpy as np
 from hf_purify.errors import DataError, MissingExtra
 from hf_purify.tables import open_data
 
+from .._folders import LABEL, files_in, table_of
+
 MESHES = (".off", ".ply", ".obj")
-SPLITS = ("train", "test", "validation", "val")
 SAMPLED = 2048  # points that are drawn from the surface of a mesh
 LARGEST = 2 * 2**30  # bytes that an array or a mesh may hold
-POINTS, LABEL, FILE = "points", "label", "file"
+POINTS = "points"
 
 
 def open_clouds(data: Any, split: str | None = None, revision: str | None = None) -> datasets.Dataset:
@@ -30,9 +31,9 @@ def open_clouds(data: Any, split: str | None = None, revision: str | None = None
     if path is not None and path.suffix == ".npz":
         return _read_arrays(path)
     if path is not None and path.is_dir():
-        meshes = sorted(p for p in path.rglob("*") if p.suffix.lower() in MESHES and p.is_file())
+        meshes = files_in(path, MESHES)
         if meshes:
-            return _list_meshes(path, meshes, split)
+            return table_of(path, meshes, split)
     return open_data(data, split, revision)
 
 
@@ -62,25 +63,6 @@ def _read_arrays(path: Path) -> datasets.Dataset:
     wide = points.astype(np.float32)
     features = datasets.Features({POINTS: datasets.Array2D(wide.shape[1:], "float32"), LABEL: label})
     return datasets.Dataset.from_dict({POINTS: wide, LABEL: labels.astype(np.int64)}, features=features)
-
-
-def _list_meshes(root: Path, meshes: list[Path], split: str | None) -> datasets.Dataset:
-    """The files of a split with their classes: `CLASS/FILE`, `SPLIT/CLASS/FILE` or `CLASS/SPLIT/FILE`."""
-    rows = []
-    for file in meshes:
-        folders = file.relative_to(root).parts[:-1]
-        splits, classes = [f for f in folders if f.lower() in SPLITS], [f for f in folders if f.lower() not in SPLITS]
-        if not classes:
-            raise DataError(f"'{file}' lies in no folder of a class; expected CLASS/FILE, SPLIT/CLASS/FILE or CLASS/SPLIT/FILE")
-        rows.append((splits[0].lower() if splits else None, classes[0], str(file)))
-    there = sorted({s for s, *_ in rows if s})
-    wanted = split or ("train" if "train" in there else None)
-    if wanted is not None and wanted not in there:
-        raise DataError(f"'{root}' has no split '{wanted}' (splits: {', '.join(there) or 'none'})")
-    names = sorted({c for _, c, _ in rows})
-    kept = [(c, f) for s, c, f in rows if wanted is None or s == wanted]
-    features = datasets.Features({FILE: datasets.Value("string"), LABEL: datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict({FILE: [f for _, f in kept], LABEL: [names.index(c) for c, _ in kept]}, features=features)
 
 
 def read_mesh(file: str, seed: int = 0) -> np.ndarray:

@@ -18,6 +18,7 @@ from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
+from .._pixels import AUGMENTATIONS, moved
 from .demo import make_demo
 from .examples import ImageExamples, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
@@ -133,23 +134,11 @@ class VisionAdapter(Adapter):
         return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
 
     def augmentations(self) -> list[str]:
-        return ["crop+flip", "flip", "crop"]
+        return list(AUGMENTATIONS)
 
     def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
         """Random crop after padding by an eighth of the side, and random horizontal flip, for each image by itself."""
-        images = batch["pixel_values"]
-        n, _, height, width = images.shape
-        pad = max(1, min(height, width) // 8) if "crop" in kind else 0
-        shifts = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
-        padded = F.pad(images, (pad,) * 4)
-        rows = shifts[0][:, None] + torch.arange(height)
-        columns = shifts[1][:, None] + torch.arange(width)
-        if "flip" in kind:
-            flip = torch.rand(n, generator=generator) < 0.5
-            columns = torch.where(flip[:, None], columns.flip(1), columns)
-        index = torch.arange(n)[:, None, None]
-        out = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        return {**batch, "pixel_values": out}
+        return {**batch, "pixel_values": moved(batch["pixel_values"], generator, kind)}
 
     def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
         images = batch["pixel_values"][:2]

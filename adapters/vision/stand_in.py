@@ -23,21 +23,26 @@ def _rows(values: Tensor, which: Tensor) -> Tensor:
 
 
 class _Pictures(StandIn):
-    """Knows shape and range of the inputs: `shape` is `(C, H, W)`, `low` and `high` are `(1, C, 1, 1)`."""
+    """Knows shape and range of the inputs: `shape` is `(C, H, W)`, `low` and `high` are `(1, C, 1, 1)`.
+
+    Inputs are images `(B, C, H, W)`, or clips `(B, T, C, H, W)`, of which each frame is changed alike.
+    """
 
     low: Tensor
     high: Tensor
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)
-        images = data.batch(torch.arange(min(len(data), 512)))["pixel_values"].float()
+        images = data.batch(torch.arange(min(len(data), 512)))["pixel_values"].float().flatten(0, -4)
         self.shape = tuple(images.shape[1:])
         self.register_buffer("low", images.amin((0, 2, 3), keepdim=True))
         self.register_buffer("high", images.amax((0, 2, 3), keepdim=True))
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
-        images = batch["pixel_values"]
-        return {**batch, "pixel_values": self.change(images.float(), which.to(self.low.device)).to(images)}
+        inputs = batch["pixel_values"]
+        images = inputs.flatten(0, -4)
+        which = which.to(self.low.device).repeat_interleave(len(images) // len(inputs))
+        return {**batch, "pixel_values": self.change(images.float(), which).to(images).view_as(inputs)}
 
     @abstractmethod
     def change(self, images: Tensor, which: Tensor) -> Tensor:

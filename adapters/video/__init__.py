@@ -1,0 +1,152 @@
+"""Video classification: VideoMAE, TimeSformer, ViViT, V-JEPA 2, and 3D convolutional networks as plain modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_purify.adapter import Adapter, Batch, Demo, Examples, Loaded, StandIn, Tiny
+from hf_purify.discovery import discover
+from hf_purify.errors import ModelError
+from hf_purify.neurons import NeuronIndex
+from hf_purify.tables import class_names
+
+from .._checkpoints import check_weights
+from .._pixels import AUGMENTATIONS, moved
+from ..vision.stand_in import Patches, Spectrum, Warp
+from .demo import make_demo
+from .examples import ClipExamples, open_clips, read_clips
+from .loading import KIND, frames_of, known_types, load_folder, new_model, preparer, takes_channels_first, wrap_module
+from .stand_in import Light, MovingPatches
+from .tiny import VARIANTS, make_tiny
+from .triggers import TRIGGERS
+
+SHOWN = 9  # frames of a picture
+
+
+class VideoAdapter(Adapter):
+    """A batch holds `pixel_values` `(B, T, C, H, W)`; a plain module that begins with a 3D convolution gets them as `(B, C, T, H, W)`."""
+
+    name: ClassVar[str] = "video"
+    task: ClassVar[str] = "video-classification"
+    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    columns: ClassVar[tuple[str, ...]] = ("video", "label")
+    settings: ClassVar[tuple[str, ...]] = ("to_rgb",)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        return any(KIND in a for a in config.get("architectures") or [])
+
+    def load(self, source: Any, **options: Any) -> Loaded:
+        """Load a checkpoint folder, or wrap an `nn.Module` given with `processor`.
+
+        Raises:
+            ModelError: no video classifier, NaN or quantized weights, missing tensors.
+        """
+        if isinstance(source, nn.Module):
+            loaded = wrap_module(source, options.get("processor"), options.get("labels"))
+        else:
+            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
+        check_weights(loaded.model)
+        return loaded
+
+    def creates(self, architecture: str) -> bool:
+        return architecture in known_types()
+
+    def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
+        return new_model(architecture, classes, list(options.pop("labels", None) or []), **options)
+
+    def classes(self, loaded: Loaded) -> int:
+        """Number of classes, from the model's config, its label names, or its last linear layer."""
+        config = getattr(loaded.model, "config", None)
+        for value in (getattr(config, "num_labels", None), getattr(loaded.model, "num_classes", None), len(loaded.labels) or None):
+            if value:
+                return int(value)
+        linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise ModelError("cannot tell the number of classes: the model has no config and no linear layer; pass labels=[...]")
+        return linear[-1].out_features
+
+    def examples(self, data: Any, loaded: Loaded, **options: Any) -> ClipExamples:
+        if isinstance(data, ClipExamples):
+            return data
+        known = ("samples", "seed", "split", "revision", "columns", "balanced", "to_rgb")
+        wanted = {k: v for k, v in options.items() if k in known}
+        fps = getattr(loaded.processor, "fps", None)
+        prepare = preparer(loaded.processor)
+        return read_clips(data, prepare, frames_of(loaded), fps, self.classes(loaded), loaded.labels, **wanted)
+
+    def remarks(self, data: Examples, what: str) -> list[str]:
+        short = getattr(data, "short", 0)
+        return [f"{short} of {len(data)} {what} have fewer frames than the model sees, so that some are shown twice"] if short else []
+
+    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+        return class_names(open_clips(data, split), label)
+
+    def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
+        return preparer(loaded.processor)(raws)
+
+    def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
+        """Nine frames, from the first to the last, line by line."""
+        places = torch.linspace(0, len(raw) - 1, SHOWN).round().long()
+        frames = F.pad(raw[places], (1, 1, 1, 1), value=255)
+        lines = [torch.cat(list(line), 2) for line in frames.split(3)]
+        return torch.cat(lines, 1).permute(1, 2, 0).numpy()
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        clips = batch["pixel_values"]
+        out = model(clips.transpose(1, 2) if takes_channels_first(model) else clips)
+        return out if isinstance(out, Tensor) else out.logits
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy `(B,)`; of mixed clips, the two labels' entropies in the clips' shares."""
+        return _losses(self.logits(model, batch).float(), batch)
+
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.logits(model, batch).float()
+        return logits.argmax(-1), _losses(logits, batch)
+
+    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
+        """MixUp of whole clips, frame by frame with one share (as VideoMix's baseline, Yun et al., arXiv 2012.03457)."""
+        clips = batch["pixel_values"]
+        mixed = share.to(clips.dtype) * clips + (1 - share.to(clips.dtype)) * clips[partner]
+        return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
+
+    def augmentations(self) -> list[str]:
+        return list(AUGMENTATIONS)
+
+    def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
+        """Random crop after padding by an eighth of the side, and random horizontal flip, all frames of a clip alike."""
+        clips = batch["pixel_values"]
+        return {**batch, "pixel_values": moved(clips.flatten(1, 2), generator, kind).view_as(clips)}
+
+    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
+        weight = next((p for p in loaded.model.parameters() if p.is_floating_point()), batch["pixel_values"])
+        some = {"pixel_values": batch["pixel_values"][:2].to(weight.device, weight.dtype)}
+        found = discover(loaded.model, lambda m: self.logits(m, some), self.classes(loaded))
+        return NeuronIndex(found.groups, loaded.keys)
+
+    def triggers(self) -> dict[str, type]:
+        return dict(TRIGGERS)
+
+    def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
+        return {"spectrum": Spectrum, "patch": Patches, "warp": Warp, "moving patch": MovingPatches, "light": Light}
+
+    def demo(self) -> Demo:
+        return make_demo()
+
+    def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
+        return make_tiny(variant or VARIANTS[0], seed)
+
+
+def _losses(logits: Tensor, batch: Batch) -> Tensor:
+    loss = F.cross_entropy(logits, batch["labels"], reduction="none")
+    if "partner_labels" in batch:
+        other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")
+        loss = batch["share"] * loss + (1 - batch["share"]) * other
+    return loss

@@ -1,0 +1,100 @@
+"""Clips from files, and which of their frames a model sees."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_purify.errors import DataError, MissingExtra
+
+MOST = 4096  # frames of a file that are looked at
+SIDE = 256  # pixels of the shorter side; larger frames are scaled down as they are read
+PIXELS = 2**26  # of a frame
+
+
+def spread(total: int, wanted: int, step: float | None = None) -> list[int]:
+    """Which of `total` frames a model sees: `wanted`, evenly over all, or `step` apart from the middle on both sides where that many fit.
+
+    >>> spread(8, 4), spread(2, 4), spread(100, 4, step=2.0)
+    ([1, 3, 5, 7], [0, 0, 1, 1], [47, 49, 51, 53])
+    """
+    whole = step is None or step * wanted > total
+    start, by = (0.0, total / wanted) if whole else ((total - step * wanted) / 2, step)  # type: ignore[operator]
+    return [min(total - 1, int(start + by * (i + 0.5))) for i in range(wanted)]
+
+
+def read_clip(source: str | bytes, wanted: int, fps: float | None = None) -> Tensor:
+    """The frames of a video that a model sees, `(T, 3, H, W)` uint8, decoded once.
+
+    Only they are kept in memory. Of a video that is longer than 4,096 frames, or never ends, the first 4,096 are taken.
+
+    Args:
+        source: path of a file, or its content.
+        wanted: frames `T`; a video that has fewer repeats some.
+        fps: frames a second that the model was made for; None spreads the frames over the whole video.
+
+    Raises:
+        DataError: no video, none that can be decoded, or frames of more than 2^26 pixels.
+        MissingExtra: there is no PyAV.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtra("videos need PyAV: pip install 'hf-purify[video]'; frames as lists of images are read without") from error
+    what = f"'{source}'" if isinstance(source, str) else "a video of the data set"
+    if isinstance(source, str) and not Path(source).is_file():
+        raise DataError(f"there is no video {what}")
+    try:
+        rate, total = _count(av, source, what)
+        if not total:
+            raise DataError(f"{what} holds no frame that can be decoded")
+        step = rate / fps if rate and fps else None
+        frames = _frames(av, source, spread(total, wanted, step))
+    except av.error.FFmpegError as error:
+        raise DataError(f"{what} cannot be decoded as a video: {error.strerror or error}") from error
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+@contextlib.contextmanager
+def _open(av: Any, source: str | bytes) -> Iterator[Any]:
+    """A container that reads this file alone: a playlist in it can open no other."""
+    with contextlib.ExitStack() as stack:
+        file = io.BytesIO(source) if isinstance(source, bytes) else stack.enter_context(Path(source).open("rb"))
+        yield stack.enter_context(av.open(file, options={"protocol_whitelist": "pipe"}))
+
+
+def _count(av: Any, source: str | bytes, what: str) -> tuple[float | None, int]:
+    """Frames a second, if the file says so, and how many frames can be decoded, 4,096 at most. What the header says of that is not believed."""
+    with _open(av, source) as container:
+        if not container.streams.video:
+            raise DataError(f"{what} has no video stream")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > PIXELS:
+            raise DataError(f"the frames of {what} have {stream.width}x{stream.height} pixels; {PIXELS} in all are the most")
+        rate, total = (float(stream.average_rate) if stream.average_rate else None), 0
+        for _ in container.decode(stream):
+            total += 1
+            if total == MOST:
+                break
+    return rate, total
+
+
+def _frames(av: Any, source: str | bytes, chosen: list[int]) -> list[np.ndarray]:
+    """The chosen frames `(H, W, 3)`, in order."""
+    found: dict[int, np.ndarray] = {}
+    with _open(av, source) as container:
+        for i, frame in enumerate(container.decode(container.streams.video[0])):
+            if i in chosen:
+                scale = min(1.0, SIDE / min(frame.width, frame.height))
+                size = {"width": max(1, round(frame.width * scale)), "height": max(1, round(frame.height * scale))}
+                found[i] = frame.reformat(**size, format="rgb24").to_ndarray()
+            if i >= chosen[-1]:
+                break
+    return [found[i] for i in chosen]

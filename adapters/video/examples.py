@@ -1,0 +1,111 @@
+"""Clips of a data set, decoded once and prepared for a model once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_purify.errors import DataError
+from hf_purify.tables import draw, find_column, label_column, open_data, read_labels
+
+from .._folders import FILE, files_in, table_of
+from .._prepared import Prepare, PreparedExamples
+from ..vision.examples import decode
+from .clips import read_clip, spread
+
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class ClipExamples(PreparedExamples):
+    """Clips `(T, 3, H, W)` of uint8 with labels `(n,)`, and what prepares them for the model."""
+
+    key = "pixel_values"
+    short = 0  # clips that had fewer frames than the model sees
+
+
+def open_clips(data: Any, split: str | None = None, revision: str | None = None) -> datasets.Dataset:
+    """Open clips: a folder of videos in folders of classes, or what `open_data` knows."""
+    path = Path(str(data)).expanduser() if isinstance(data, (str, Path)) else None
+    if path is not None and path.is_dir() and (videos := files_in(path, VIDEOS)):
+        return table_of(path, videos, split)
+    return open_data(data, split, revision)
+
+
+def read_clips(
+    data: Any,
+    prepare: Prepare,
+    frames: int,
+    fps: float | None,
+    classes: int,
+    model_labels: list[str],
+    samples: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    to_rgb: bool = False,
+    balanced: bool = True,
+) -> ClipExamples:
+    """Read clips and labels; only those that are drawn are decoded.
+
+    Args:
+        frames: of a clip as the model sees it.
+        fps: frames a second that the model was made for, or None.
+
+    Raises:
+        DataError: a clip without frames or with frames of several sizes, a video that cannot be decoded; labels that do not fit.
+    """
+    opened, columns = open_clips(data, split, revision), columns or {}
+    labels = read_labels(opened, label_column(opened, columns.get("label")), model_labels, classes)
+    if not len(labels):
+        raise DataError("the clean set is empty: give at least one clip per class")
+    listed = FILE in opened.features and "video" not in columns
+    name = FILE if listed else find_column(opened, columns.get("video"), "video", _is_clip)
+    chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
+    rows = opened.select_columns([name])
+    if isinstance(opened.features[name], datasets.Video):
+        rows = rows.cast_column(name, datasets.Video(decode=False))
+    elif not listed and not _is_frames(opened.features[name]):
+        rows = rows.cast_column(name, datasets.List(datasets.Image()))
+    short, clips = 0, []
+    try:
+        for i in tqdm(chosen.tolist(), desc="decode clips", delay=2.0, leave=False, disable=None):
+            clip, there = _read(rows[i][name], frames, fps, to_rgb, f"clip {i}")
+            short += there < frames
+            clips.append(clip)
+    except (OSError, ValueError) as error:
+        raise DataError(f"a clip of column '{name}' cannot be decoded: {error}") from error
+    found = ClipExamples(clips, labels[chosen], prepare)
+    found.short = short
+    return found
+
+
+def _is_frames(feature: Any) -> bool:
+    return isinstance(getattr(feature, "feature", None), datasets.Image)
+
+
+def _is_clip(_: str, feature: Any) -> bool:
+    return isinstance(feature, datasets.Video) or _is_frames(feature)
+
+
+def _read(clip: Any, frames: int, fps: float | None, to_rgb: bool, what: str) -> tuple[Tensor, int]:
+    """The frames of a clip that a model sees, and how many there were."""
+    if isinstance(clip, (str, bytes)):
+        return read_clip(clip, frames, fps), frames
+    if isinstance(clip, Mapping):  # a video that datasets did not decode
+        return read_clip(clip.get("bytes") or str(clip.get("path")), frames, fps), frames
+    if not isinstance(clip, (list, tuple)):
+        raise DataError(f"{what}: expected a list of images or a video, got {type(clip).__name__}")
+    if not clip:
+        raise DataError(f"{what} has no frames")
+    seen = {i: decode(clip[i], 3, to_rgb) for i in dict.fromkeys(spread(len(clip), frames))}
+    sizes = {tuple(f.shape[1:]) for f in seen.values()}
+    if len(sizes) > 1:
+        raise DataError(f"{what} has frames of several sizes: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}; scale them alike")
+    return torch.stack([seen[i] for i in spread(len(clip), frames)]), len(clip)

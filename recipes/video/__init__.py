@@ -1,0 +1,1 @@
+"""Recipes of video models, and the results matrix."""

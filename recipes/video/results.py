@@ -1,0 +1,33 @@
+"""`RESULTS.md` from `results.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..cells import FLOOR, details, floors, summary
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).with_name("RESULTS.md")
+
+_HEAD = """# Video: results
+
+Written by `python -m hf_purify_recipes.video.matrix --write` from `results.json`; every figure comes from a run. Missing cells were not run.
+
+- Each method with its default settings, one setting for all triggers; 100 clean clips, or 10 where the table says so, 80 % to learn from and 20 % to choose on (of 10, all for both). No
+  method sees a trigger, a poisoned sample or the test set.
+- The network is a small 3D network of its own, trained from random weights on 930 clips of ten spoken words (grey, 16 frames of 32 pixels); a victim is that network, trained on
+  with the trigger on 10 %; those with an ASR under 90 % are left out. Clean clips are drawn from 120 more, which no network was trained on. All speakers are in all parts.
+- ACC: clean accuracy on the whole test set (300 clips). ASR: triggered test clips of other words that are classified as the target. DER: 100 is a perfect repair that costs nothing;
+  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers and seeds.
+- Seconds are wall time on one core of a machine that ran other things, too.
+
+Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.video.matrix --networks conv3d --triggers badnets --methods rnp --seeds 0,1,2`.
+"""
+
+
+def write() -> None:
+    """Write the page."""
+    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
+    rows = [c for c in cells if c["kind"] != FLOOR]
+    PAGE.write_text(_HEAD + summary(rows, "clips") + floors(cells) + details(rows, "clips", "BadNets"), "utf-8")
