@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,14 @@ def spread(total: int, wanted: int, step: float | None = None) -> list[int]:
     return [min(total - 1, int(start + by * (i + 0.5))) for i in range(wanted)]
 
 
-def read_clip(source: str | bytes, wanted: int, fps: float | None = None) -> Tensor:
+class Decoded(NamedTuple):
+    """The frames that a model sees `(T, 3, H, W)` uint8, and how many there were, 4,096 at most."""
+
+    frames: Tensor
+    total: int
+
+
+def read_clip(source: str | bytes, wanted: int, fps: float | None = None) -> Decoded:
     """The frames of a video that a model sees, `(T, 3, H, W)` uint8, decoded once.
 
     Only they are kept in memory. Of a video that is longer than 4,096 frames, or never ends, the first 4,096 are taken.
@@ -57,9 +64,9 @@ def read_clip(source: str | bytes, wanted: int, fps: float | None = None) -> Ten
             raise DataError(f"{what} holds no frame that can be decoded")
         step = rate / fps if rate and fps else None
         frames = _frames(av, source, spread(total, wanted, step))
-    except av.error.FFmpegError as error:
-        raise DataError(f"{what} cannot be decoded as a video: {error.strerror or error}") from error
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    except (OSError, ValueError) as error:  # those of FFmpeg are among them
+        raise DataError(f"{what} cannot be decoded as a video: {getattr(error, 'strerror', None) or error}") from error
+    return Decoded(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), total)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_purify.errors import DataError
@@ -17,7 +16,7 @@ from hf_purify.tables import draw, find_column, label_column, open_data, read_la
 from .._folders import FILE, files_in, table_of
 from .._prepared import Prepare, PreparedExamples
 from ..vision.examples import decode
-from .clips import read_clip, spread
+from .clips import Decoded, read_clip, spread
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -72,7 +71,7 @@ def read_clips(
     if isinstance(opened.features[name], datasets.Video):
         rows = rows.cast_column(name, datasets.Video(decode=False))
     elif not listed and not _is_frames(opened.features[name]):
-        rows = rows.cast_column(name, datasets.List(datasets.Image()))
+        raise DataError(f"column '{name}': expected lists of images or videos, got {opened.features[name]}")
     short, clips = 0, []
     try:
         for i in tqdm(chosen.tolist(), desc="decode clips", delay=2.0, leave=False, disable=None):
@@ -94,18 +93,15 @@ def _is_clip(_: str, feature: Any) -> bool:
     return isinstance(feature, datasets.Video) or _is_frames(feature)
 
 
-def _read(clip: Any, frames: int, fps: float | None, to_rgb: bool, what: str) -> tuple[Tensor, int]:
-    """The frames of a clip that a model sees, and how many there were."""
+def _read(clip: Any, frames: int, fps: float | None, to_rgb: bool, what: str) -> Decoded:
     if isinstance(clip, (str, bytes)):
-        return read_clip(clip, frames, fps), frames
+        return read_clip(clip, frames, fps)
     if isinstance(clip, Mapping):  # a video that datasets did not decode
-        return read_clip(clip.get("bytes") or str(clip.get("path")), frames, fps), frames
-    if not isinstance(clip, (list, tuple)):
-        raise DataError(f"{what}: expected a list of images or a video, got {type(clip).__name__}")
+        return read_clip(clip.get("bytes") or str(clip.get("path")), frames, fps)
     if not clip:
         raise DataError(f"{what} has no frames")
     seen = {i: decode(clip[i], 3, to_rgb) for i in dict.fromkeys(spread(len(clip), frames))}
     sizes = {tuple(f.shape[1:]) for f in seen.values()}
     if len(sizes) > 1:
         raise DataError(f"{what} has frames of several sizes: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}; scale them alike")
-    return torch.stack([seen[i] for i in spread(len(clip), frames)]), len(clip)
+    return Decoded(torch.stack([seen[i] for i in spread(len(clip), frames)]), len(clip))

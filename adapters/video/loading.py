@@ -76,9 +76,9 @@ def new_model(architecture: str, classes: int, labels: list[str], image_size: in
         model = AutoModelForVideoClassification.from_config(config)
         edge = getattr(config, side)
         edge = int(edge if isinstance(edge, int) else edge[0])
-        processor = VIDEO_PROCESSOR_MAPPING[type(config)](
-            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}, do_sample_frames=False
-        )
+        found = VIDEO_PROCESSOR_MAPPING[type(config)]
+        made = found["torchvision"] if isinstance(found, dict) else found
+        processor = made(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}, do_sample_frames=False)
     except (TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
         text = str(error).splitlines()
         raise ConfigError(f"{architecture} cannot be made with {options}: {text[0] if text else type(error).__name__}") from error

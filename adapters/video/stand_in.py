@@ -38,6 +38,7 @@ class _Clips(StandIn):
 class MovingPatches(_Clips):
     """`(1 - m) x + m p` with a mask `m` of its own in each frame, on a grid of 16 x 16 at most, and one colour `p`. Size: mean of the mask."""
 
+    late = True
     grid = 16
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
@@ -62,8 +63,12 @@ class MovingPatches(_Clips):
 
 
 class Light(_Clips):
-    """`clip(x + d[t])`: each frame is brighter or darker, by up to a quarter of the range. Size: root mean square of the shares."""
+    """`clip(x + d[t])`: each frame is brighter or darker, by up to a quarter of the range. Size: root mean square of the shares.
 
+    Looked for late: a backdoor of a patch has some of its effect with a light alone.
+    """
+
+    late = True
     amplitude = 0.25
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:

@@ -25,16 +25,16 @@ from ..cells import CLEAN, data_root
 HELD = 12  # clips of each word that no victim is trained on: a repair draws from them
 SIDE = 32  # pixels that the network sees of 64
 TRIGGERS = {
-    "badnets": "badnets:size=8,pattern=grid",
-    "some_frames": "badnets:size=8,pattern=grid,frames=6",
+    "badnets": "badnets:size=12,pattern=grid",
+    "some_frames": "badnets:size=12,pattern=grid,frames=6",
     "blended": "blended:alpha=0.2",
-    "moving_patch": "moving_patch:size=8",
+    "moving_patch": "moving_patch:size=12",
     "flicker": "flicker:delta=30",
 }
 
 
 class Conv3d(nn.Module):
-    """Five 3D convolutions with batch norms, for grey clips `(B, 1, T, 32, 32)`."""
+    """Four 3D convolutions with batch norms, for grey clips `(B, 1, T, 32, 32)`."""
 
     def __init__(self, classes: int = 10, width: int = 16) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Network:
 
 
 COMMON = {"optimizer": "adamw", "weight_decay": 0.05, "batch_size": 32, "augmentation": "crop"}
-NETWORKS = {"conv3d": Network(Conv3d, grey, COMMON | {"epochs": 30, "lr": 3e-3}, COMMON | {"epochs": 8, "lr": 1e-3})}
+NETWORKS = {"conv3d": Network(Conv3d, grey, COMMON | {"epochs": 30, "lr": 3e-3}, COMMON | {"epochs": 15, "lr": 2e-3})}
 
 
 @functools.lru_cache(maxsize=1)
