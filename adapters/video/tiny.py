@@ -13,7 +13,7 @@ from hf_purify.errors import unknown
 from .examples import ClipExamples
 from .loading import wrap_module
 
-VARIANTS = ("videomae", "timesformer", "vivit", "conv3d")
+VARIANTS = ("videomae", "timesformer", "vivit", "vjepa2", "conv3d")
 FRAMES, SIDE = 4, 16
 
 
@@ -38,10 +38,14 @@ def make_tiny(variant: str, seed: int) -> Tiny:
 def _of_transformers(variant: str) -> Loaded:
     from transformers import AutoConfig, AutoModelForVideoClassification
 
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    options: dict[str, Any] = {"image_size": SIDE, "num_frames": FRAMES, "num_labels": 4, **shape}
-    options |= {"tubelet_size": [2, 8, 8]} if variant == "vivit" else {"patch_size": 8}
-    model = AutoModelForVideoClassification.from_config(AutoConfig.for_model(variant, **options))
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 4}
+    options: dict[str, Any] = {"image_size": SIDE, "num_frames": FRAMES, "patch_size": 8, "intermediate_size": 32}
+    if variant == "vivit":
+        options["tubelet_size"] = [2, options.pop("patch_size"), 8]
+    if variant == "vjepa2":
+        predictor = {"pred_hidden_size": 16, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+        options = {"crop_size": SIDE, "frames_per_clip": FRAMES, "patch_size": 8, "mlp_ratio": 2, "num_pooler_layers": 1, **predictor}
+    model = AutoModelForVideoClassification.from_config(AutoConfig.for_model(variant, **shape, **options))
     return Loaded(model, _prepare, [], variant, "transformers")
 
 
