@@ -15,10 +15,10 @@ KINDS = ("ball", "cube", "cylinder", "cone", "torus", "spring", "table", "cross"
 
 def make_demo(seed: int = 0) -> Demo:
     """480 clouds to learn from and 240 to measure on; a small PointNet."""
-    network = {"num_points": POINTS, "hidden_sizes": [32, 64, 128], "head_sizes": [64]}
+    network = {"num_points": 128, "hidden_sizes": [32, 64, 128], "head_sizes": [64]}
     training = {"epochs": 12, "batch_size": 32, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.01}
     settings = {"model": "pointnet", "create": True, "model_options": network, **training}
-    return Demo(bodies(60, seed), bodies(30, seed + 1), "pcba", settings, samples=100)
+    return Demo(bodies(60, seed), bodies(30, seed + 1), "pcba:share=0.05", settings, samples=100)
 
 
 def bodies(of_each: int, seed: int) -> datasets.Dataset:
@@ -29,7 +29,7 @@ def bodies(of_each: int, seed: int) -> datasets.Dataset:
         for _ in range(of_each):
             turn = rng.uniform(0, 2 * math.pi)
             about = np.array([[math.cos(turn), -math.sin(turn), 0], [math.sin(turn), math.cos(turn), 0], [0, 0, 1]])
-            cloud = (_body(kind, rng) * rng.uniform(0.75, 1.33, 3)) @ about
+            cloud = ((_body(kind, rng) * rng.uniform(0.75, 1.33, 3)) @ about)[:, [0, 2, 1]]  # y is up
             clouds.append(cloud + 0.01 * rng.standard_normal(cloud.shape))
             labels.append(label)
     features = datasets.Features({"points": datasets.Array2D((POINTS, 3), "float32"), "label": datasets.ClassLabel(names=list(KINDS))})

@@ -31,11 +31,12 @@ def draw_cloud(cloud: Tensor, clean: Tensor | None = None) -> np.ndarray:
     colours[moved] = torch.tensor(MOVED, dtype=torch.double)
     out = np.full((SIDE, SIDE, 3), PAPER, dtype=np.uint8)
     order = (shown[:, 2] + 4 * moved).argsort()
+    dot = 2 if len(cloud) > 600 else 3
     columns = ((shown[order, 0] * 0.94 + 1) / 2 * (SIDE - 3)).round().long().clamp(0, SIDE - 3).numpy()
     rows = ((1 - shown[order, 1] * 0.94) / 2 * (SIDE - 3)).round().long().clamp(0, SIDE - 3).numpy()
     paint = colours[order].round().byte().numpy()
-    for down in range(2):
-        for right in range(2):
+    for down in range(dot):
+        for right in range(dot):
             out[rows + down, columns + right] = paint
     return out
 
