@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from hf_purify.errors import DataError, MissingExtra
+from hf_purify.errors import DataError, MissingExtra, did_you_mean
 from hf_purify.tables import open_data
 
 from .._folders import LABEL, files_in, table_of
@@ -22,7 +23,7 @@ POINTS = "points"
 
 
 def open_clouds(data: Any, split: str | None = None, revision: str | None = None) -> datasets.Dataset:
-    """Open clouds: `.npz`, a folder of meshes in folders of classes, or what `open_data` knows.
+    """Open clouds: `.npz`, a folder of a `.npz` for each split or of meshes in folders of classes, or what `open_data` knows.
 
     Raises:
         DataError: it cannot be found or read.
@@ -31,10 +32,25 @@ def open_clouds(data: Any, split: str | None = None, revision: str | None = None
     if path is not None and path.suffix == ".npz":
         return _read_arrays(path)
     if path is not None and path.is_dir():
+        arrays = {file.stem: file for file in sorted(path.glob("*.npz"))}
+        if arrays:
+            return _read_arrays(arrays[_one_of(arrays, split, path)])
         meshes = files_in(path, MESHES)
         if meshes:
             return table_of(path, meshes, split)
+        if not any(path.iterdir()):
+            raise DataError(
+                f"the folder '{path}' is empty; expected .npz, Parquet or JSON Lines files, or folders of meshes ({', '.join(MESHES)})"
+            )
     return open_data(data, split, revision)
+
+
+def _one_of(splits: Mapping[str, Path], split: str | None, where: Path) -> str:
+    """The split that is asked for, else the one that is called `train`, or the only one."""
+    wanted = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)
+    if wanted not in splits:
+        raise DataError(f"{where} has no split '{wanted}'{did_you_mean(str(wanted), splits)} (splits: {', '.join(splits)})")
+    return str(wanted)
 
 
 def _read_arrays(path: Path) -> datasets.Dataset:

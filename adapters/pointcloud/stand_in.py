@@ -86,6 +86,7 @@ class Linear(_Clouds):
 class Deformation(_Clouds):
     """A smooth field moves the points: shifts on a grid of 4 x 4 x 4, blended between. Size: root mean square of the shifts."""
 
+    late = True
     grid = 4
     reach = 0.25  # of half the range of a coordinate
 
@@ -111,6 +112,8 @@ class Deformation(_Clouds):
 
 class Noise(_Clouds):
     """Every point is shaken, each time anew. Size: standard deviation, as a share of half the largest range of a coordinate."""
+
+    late = True
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)

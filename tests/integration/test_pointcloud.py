@@ -201,6 +201,12 @@ class TestFiles:
         with pytest.raises(DataError, match=r"no split 'tset' \(splits: test, train\)"):
             open_clouds(str(tmp_path), "tset")
 
+    def test_folders_of_arrays_have_a_split_each(self, data: dict[str, Path]) -> None:
+        folder = str(data["train"].parent)
+        assert (len(open_clouds(folder)), len(open_clouds(folder, "test"))) == (480, 120)
+        with pytest.raises(DataError, match=r"has no split 'tets'; did you mean 'test'\? \(splits: test, train\)"):
+            open_clouds(folder, "tets")
+
     def test_materials_that_a_mesh_names_are_not_looked_for(self, tmp_path: Path) -> None:
         secret = tmp_path / "secret.mtl"
         secret.write_text("newmtl a\nmap_Kd ../../etc/hostname\n")
@@ -303,6 +309,11 @@ def test_far_coordinates_that_still_tell_points_apart_are_moved_to_the_sphere() 
     torch.testing.assert_close(near, far, atol=1e-5, rtol=0)
     with pytest.raises(DataError, match=r"coordinates of up to 1e\+07, beyond 1e\+06"):
         to_cloud(GOOD[0] + 1e7, "cloud", scaled=False)
+
+
+def test_empty_folder_says_what_may_be_in_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is empty; expected \.npz, Parquet or JSON Lines files, or folders of meshes"):
+        open_clouds(str(tmp_path))
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
