@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_purify.comparison import open_comparison
-from hf_purify.errors import DataError, NotAVictim, PurifyError, unknown
+from hf_purify.errors import DataError, Diverged, NotAVictim, PurifyError, unknown
 from hf_purify.metrics import defense_effectiveness_rating
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
@@ -156,7 +156,11 @@ def run(
     comparison = open_comparison(recipe())
     save(cell(place, "none", common), {**common, **row_of(comparison.unrepaired)})
     for name in missing:
-        done = comparison.repair(make_method(name.partition("-")[0], **variants.get(name, {})))
+        try:
+            done = comparison.repair(make_method(name.partition("-")[0], **variants.get(name, {})))
+        except Diverged as error:  # no result, and no reason to stop
+            log.warning("%s with %s, %s: %s", common["network"], common["trigger"], name, error)
+            continue
         save(cell(place, name, common), {**common, **row_of(done.row), "method": name})
 
 
