@@ -181,9 +181,7 @@ class PointCloudFeatureExtractor(FeatureExtractionMixin):
         """Args:
         clouds: one cloud `(P, 3)`, or several, as tensors, arrays or lists.
         """
-        several = clouds if isinstance(clouds, (list, tuple)) and getattr(torch.as_tensor(clouds[0]), "ndim", 0) == 2 else [clouds]
-        if isinstance(clouds, Tensor) and clouds.dim() == 3:
-            several = list(clouds)
+        several = clouds if torch.as_tensor(clouds[0]).dim() == 2 else [clouds]
         return BatchFeature({"points": torch.stack([self._one(torch.as_tensor(c)) for c in several])}, tensor_type=return_tensors)
 
     def _one(self, cloud: Tensor) -> Tensor:
