@@ -24,7 +24,7 @@ from .examples import CloudExamples, read_clouds
 from .files import open_clouds
 from .models import MODELS, PointCloudFeatureExtractor
 from .picture import draw_cloud
-from .stand_in import AddedPoints, Deformation, Linear, Noise
+from .stand_in import Ball, Deformation, Linear, Noise
 from .triggers import TRIGGERS
 
 KIND = "PointCloudClassification"
@@ -168,7 +168,7 @@ class PointCloudAdapter(Adapter):
         return dict(TRIGGERS)
 
     def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
-        return {"points": AddedPoints, "linear map": Linear, "deformation": Deformation, "noise": Noise}
+        return {"ball": Ball, "linear map": Linear, "deformation": Deformation, "noise": Noise}
 
     def demo(self) -> Demo:
         return make_demo()
