@@ -30,6 +30,11 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
   no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3),
   and on an encoder without a backdoor for each. How it looks for words in models that write, and what it calls suspicious there, was developed on the translators and
   caption writers of these tables, with and without a backdoor.
+- **Not reached, and why.** Classifiers: a mean DER of 90 at 2 points. On SST-2 it is 89.2 at 2.2; the triggers' words speak for a class themselves, and a repair that ends at what
+  they do without a backdoor (below) would have 90.5. On AG News it is 76.9: a style is missed, since none of its words leads far alone (its class costs .83 of the next, .70 is asked);
+  sentence, frame and look-alikes go in part, since two words of a time stand for four and more. Four at a time took a development victim's sentence to an ASR of 12.5 % and cost 6.4 points;
+  with what the model says of texts with random words held fast besides, to 18.1 % for 2.8 points (two at a time: 25.4 % for 2.0). It is not the default: the rest of the table would have to be run anew.
+  Models that write: an ASR of 5 % at 10 % of BLEU or perplexity is reached by the translator and the LoRA; the caption writer trained whole loses 12.3 %.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.text.matrix --networks bert_sst2 --triggers badnets --methods rnp --seeds 0,1,2`.
 """
