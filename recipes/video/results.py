@@ -20,6 +20,7 @@ Written by `python -m hf_purify_recipes.video.matrix --write` from `results.json
   with the trigger on 10 %; those with an ASR under 90 % are left out. Clean clips are drawn from 120 more, which no network was trained on. All speakers are in all parts.
 - ACC: clean accuracy on the whole test set (300 clips). ASR: triggered test clips of other words that are classified as the target. DER: 100 is a perfect repair that costs nothing;
   50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers and seeds.
+- **What was chosen with a victim in view.** That moving patches and lights are looked for late was chosen on the victim of the demo, a VideoMAE.
 - Seconds are wall time on one core of a machine that ran other things, too.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.video.matrix --networks conv3d --triggers badnets --methods rnp --seeds 0,1,2`.
