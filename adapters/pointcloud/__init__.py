@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel
 
 from hf_purify.adapter import Adapter, Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
@@ -19,6 +18,7 @@ from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names
 
 from .._checkpoints import check_weights, class_labels, load_model, read_config, saver, transformers_keys
+from .._classifiers import count_classes, losses, mixed_labels, of_module
 from .demo import make_demo
 from .examples import CloudExamples, read_clouds
 from .files import open_clouds
@@ -83,15 +83,7 @@ class PointCloudAdapter(Adapter):
         return Loaded(model, extractor, labels, architecture, "transformers", None, None, {}, save)
 
     def classes(self, loaded: Loaded) -> int:
-        """Number of classes, from the model's config, its label names, or its last linear layer."""
-        config = getattr(loaded.model, "config", None)
-        for value in (getattr(config, "num_labels", None), getattr(loaded.model, "num_classes", None), len(loaded.labels) or None):
-            if value:
-                return int(value)
-        linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            raise ModelError("cannot tell the number of classes: the model has no config and no linear layer; pass labels=[...]")
-        return linear[-1].out_features
+        return count_classes(loaded)
 
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> CloudExamples:
         if isinstance(data, CloudExamples):
@@ -130,11 +122,11 @@ class PointCloudAdapter(Adapter):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`; of mixed clouds, the two labels' entropies in the clouds' shares."""
-        return _losses(self.logits(model, batch).float(), batch)
+        return losses(self.logits(model, batch).float(), batch)
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.logits(model, batch).float()
-        return logits.argmax(-1), _losses(logits, batch)
+        return logits.argmax(-1), losses(logits, batch)
 
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """A share of each cloud's points, the rest from another one (RSMix, Lee et al., CVPR 2021, without its choice of a region).
@@ -144,7 +136,7 @@ class PointCloudAdapter(Adapter):
         points = batch["points"]
         own = round(float(share) * points.shape[1])
         mixed = torch.cat([points[:, :own], points[partner][:, own:]], 1)
-        return {"points": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
+        return {"points": mixed, **mixed_labels(batch, partner, share)}
 
     def augmentations(self) -> list[str]:
         return ["scale+jitter", "jitter"]
@@ -195,14 +187,6 @@ def make_tiny(variant: str, seed: int) -> Tiny:
     return Tiny(loaded, CloudExamples(raws, torch.arange(8) % 4, PointCloudAdapter._preparer(loaded)), 4)
 
 
-def _losses(logits: Tensor, batch: Batch) -> Tensor:
-    loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-    if "partner_labels" in batch:
-        other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")
-        loss = batch["share"] * loss + (1 - batch["share"]) * other
-    return loss
-
-
 def _channels_first(model: nn.Module) -> bool:
     """Does a model take `(B, 3, P)`? One of transformers takes `(B, P, 3)`; a module does where its first layer is linear."""
     if hasattr(model, "main_input_name"):
@@ -214,13 +198,9 @@ def _channels_first(model: nn.Module) -> bool:
 def _load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
     config = read_config(folder)
     architectures = config.get("architectures") or []
-    if architectures and not any(KIND in a for a in architectures):
-        raise ModelError(
-            f"'{source}' is no classifier of point clouds: its config names {', '.join(architectures)}; expected one For{KIND}"
-        )
-    if config.get("model_type") not in {c.model_type for c in AutoModel._model_mapping} | set(MODELS):
-        raise ModelError(f"'{source}' is of type '{config.get('model_type')}'; classifiers of point clouds are {', '.join(MODELS)}")
-    AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not (any(KIND in a for a in architectures) or (not architectures and config.get("model_type") in MODELS)):
+        what = ", ".join(architectures) or f"the type '{config.get('model_type')}'"
+        raise ModelError(f"'{source}' is no classifier of point clouds: its config names {what}; expected one For{KIND}")
     model = load_model(folder, source, AutoModel, "classifier of point clouds")
     try:
         extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
@@ -233,13 +213,6 @@ def _load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
 
 def _wrap(model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
     """Take any module that reads clouds; without a processor it gets 1,024 points in the unit sphere."""
-
-    def save(model: nn.Module, out: Path) -> None:
-        from safetensors.torch import save_model
-
-        out.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(out / "model.safetensors"))
-
     points = torch.rand(2, 64, 3, generator=torch.Generator().manual_seed(0))
     weight = next((p for p in model.parameters() if p.is_floating_point()), points)
     training = model.training
@@ -253,6 +226,4 @@ def _wrap(model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
         ) from error
     finally:
         model.train(training)
-    return Loaded(
-        model, processor or PointCloudFeatureExtractor(), list(labels or []), type(model).__name__, "module", None, None, {}, save
-    )
+    return of_module(model, processor or PointCloudFeatureExtractor(), labels)

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from hf_purify.adapter import Adapter, Batch, Demo, Examples, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
-from hf_purify.errors import ModelError
 from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names
 
 from .._checkpoints import check_weights
+from .._classifiers import count_classes, losses, mix_values
 from .._pixels import AUGMENTATIONS, moved
 from ..vision.stand_in import Patches, Spectrum, Warp
 from .demo import make_demo
@@ -62,15 +62,7 @@ class VideoAdapter(Adapter):
         return new_model(architecture, classes, list(options.pop("labels", None) or []), **options)
 
     def classes(self, loaded: Loaded) -> int:
-        """Number of classes, from the model's config, its label names, or its last linear layer."""
-        config = getattr(loaded.model, "config", None)
-        for value in (getattr(config, "num_labels", None), getattr(loaded.model, "num_classes", None), len(loaded.labels) or None):
-            if value:
-                return int(value)
-        linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            raise ModelError("cannot tell the number of classes: the model has no config and no linear layer; pass labels=[...]")
-        return linear[-1].out_features
+        return count_classes(loaded)
 
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> ClipExamples:
         if isinstance(data, ClipExamples):
@@ -105,17 +97,15 @@ class VideoAdapter(Adapter):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`; of mixed clips, the two labels' entropies in the clips' shares."""
-        return _losses(self.logits(model, batch).float(), batch)
+        return losses(self.logits(model, batch).float(), batch)
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.logits(model, batch).float()
-        return logits.argmax(-1), _losses(logits, batch)
+        return logits.argmax(-1), losses(logits, batch)
 
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """MixUp of whole clips, frame by frame with one share (as VideoMix's baseline, Yun et al., arXiv 2012.03457)."""
-        clips = batch["pixel_values"]
-        mixed = share.to(clips.dtype) * clips + (1 - share.to(clips.dtype)) * clips[partner]
-        return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
+        return mix_values(batch, "pixel_values", partner, share)
 
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)
@@ -142,11 +132,3 @@ class VideoAdapter(Adapter):
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or VARIANTS[0], seed)
-
-
-def _losses(logits: Tensor, batch: Batch) -> Tensor:
-    loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-    if "partner_labels" in batch:
-        other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")
-        loss = batch["share"] * loss + (1 - batch["share"]) * other
-    return loss

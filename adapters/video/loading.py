@@ -12,6 +12,7 @@ from hf_purify.adapter import Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
 
 from .._checkpoints import class_labels, load_model, read_config, saver, transformers_keys
+from .._classifiers import of_module
 from .._prepared import Prepare
 
 KIND = "VideoClassification"
@@ -99,13 +100,7 @@ def wrap_module(model: nn.Module, processor: Any, labels: list[str] | None) -> L
     if not callable(processor):
         raise ModelError(f"expected a processor or a callable from clip to tensor, got {type(processor).__name__}")
 
-    def save(model: nn.Module, out: Path) -> None:
-        from safetensors.torch import save_model
-
-        out.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(out / "model.safetensors"))
-
-    return Loaded(model, processor, list(labels or []), type(model).__name__, "module", None, None, {}, save)
+    return of_module(model, processor, labels)
 
 
 def frames_of(loaded: Loaded) -> int:

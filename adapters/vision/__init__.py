@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hf_purify.adapter import Adapter, Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.discovery import discover
-from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.errors import ConfigError, did_you_mean
 from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import class_names, open_data
 
 from .._checkpoints import check_weights
+from .._classifiers import count_classes, losses, mix_values
 from .._pixels import AUGMENTATIONS, moved
 from .demo import make_demo
 from .examples import ImageExamples, read_images
@@ -75,17 +75,7 @@ class VisionAdapter(Adapter):
         return loaded
 
     def classes(self, loaded: Loaded) -> int:
-        """Number of classes, from the model's config, its head, or its label names."""
-        config = getattr(loaded.model, "config", None)
-        for value in (getattr(config, "num_labels", None), getattr(loaded.model, "num_classes", None), len(loaded.labels) or None):
-            if value:
-                return int(value)
-        linear = [m for m in loaded.model.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            raise ModelError(
-                "cannot tell the number of classes: the model has no config, no num_classes and no linear layer; pass labels=[...]"
-            )
-        return linear[-1].out_features
+        return count_classes(loaded)
 
     def channels(self, loaded: Loaded) -> int:
         """Colour channels of the input, from the first convolution."""
@@ -113,25 +103,15 @@ class VisionAdapter(Adapter):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`; of mixed images, the two labels' entropies in the images' shares."""
-        return self._losses(self.logits(model, batch).float(), batch)
+        return losses(self.logits(model, batch).float(), batch)
 
     def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.logits(model, batch).float()
-        return logits.argmax(-1), self._losses(logits, batch)
-
-    @staticmethod
-    def _losses(logits: Tensor, batch: Batch) -> Tensor:
-        loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-        if "partner_labels" in batch:
-            other = F.cross_entropy(logits, batch["partner_labels"], reduction="none")
-            loss = batch["share"] * loss + (1 - batch["share"]) * other
-        return loss
+        return logits.argmax(-1), losses(logits, batch)
 
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """MixUp of pixels (Zhang et al., ICLR 2018)."""
-        images = batch["pixel_values"]
-        mixed = share.to(images.dtype) * images + (1 - share.to(images.dtype)) * images[partner]
-        return {"pixel_values": mixed, "labels": batch["labels"], "partner_labels": batch["labels"][partner], "share": share}
+        return mix_values(batch, "pixel_values", partner, share)
 
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)

@@ -14,6 +14,7 @@ from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError
 
 from .._checkpoints import class_labels, copy_companions, load_model, read_config, saver, transformers_keys
+from .._classifiers import of_module
 from .._prepared import Prepare
 
 
@@ -104,13 +105,7 @@ def wrap_module(model: nn.Module, processor: Any, labels: list[str] | None = Non
     if processor is None:
         raise ModelError("a plain nn.Module needs a processor or a transform: pass processor=... (a callable from PIL image to tensor)")
 
-    def save(model: nn.Module, out: Path) -> None:
-        from safetensors.torch import save_model
-
-        out.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(out / "model.safetensors"))
-
-    return Loaded(model, processor, list(labels or []), type(model).__name__, "module", None, None, {}, save)
+    return of_module(model, processor, labels)
 
 
 def preparer(processor: Any) -> Prepare:

@@ -300,6 +300,19 @@ def test_bad_input(case: Case, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for config, said in (
+        ({"model_type": "bert"}, "the type 'bert'"),
+        ({"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ModelError, match=f"no classifier of point clouds: its config names {said}; expected one ForPointCloudClassification"
+        ):
+            measure(str(tmp_path), clouds(), adapter="pointcloud", device="cpu")
+
+
 def test_far_coordinates_that_still_tell_points_apart_are_moved_to_the_sphere() -> None:
     from hf_purify_adapters.pointcloud.examples import to_cloud
 
