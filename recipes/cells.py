@@ -228,9 +228,19 @@ def groups(cells: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str
     return found
 
 
+def _der(cell: dict[str, Any]) -> float:
+    return float(cell["der"])
+
+
 def unrepaired(cells: list[dict[str, Any]]) -> dict[tuple, float]:
     """Clean accuracy by network and trigger."""
     return {(c["network"], c["trigger"]): c["clean_accuracy"]["value"] for c in cells if c["method"] == "none"}
+
+
+def per_trigger(cells: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """A figure of each trigger, the mean of its seeds: a trigger with more seeds counts no more. Of a single trigger, those of its seeds."""
+    found = [[value(c) for c in mine] for mine in groups(cells, "trigger").values()]
+    return found[0] if len(found) == 1 else [statistics.mean(values) for values in found]
 
 
 def overview(cells: list[dict[str, Any]], samples: int) -> str:
@@ -247,10 +257,10 @@ def overview(cells: list[dict[str, Any]], samples: int) -> str:
             if not found:
                 texts.append("-")
                 continue
-            lost = statistics.mean(base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in found)
+            lost = statistics.mean(per_trigger(found, lambda c: base[c["network"], c["trigger"]] - c["clean_accuracy"]["value"]))
             count = len({c["trigger"] for c in found})
             texts.append(
-                f"{percent(statistics.mean(c['der'] for c in found))} / {percent(lost)}{f' ({count})' if count < all_triggers else ''}"
+                f"{percent(statistics.mean(per_trigger(found, _der)))} / {percent(lost)}{f' ({count})' if count < all_triggers else ''}"
             )
         name = f"{method}{' (control)' if kind == 'control' else ''}"
         rows.append((kind == "control", -len(mine), -statistics.mean(c["der"] for c in runs), f"| {name} | {' | '.join(texts)} |\n"))
@@ -273,13 +283,14 @@ def summary(cells: list[dict[str, Any]], unit: str) -> str:
             clean = [c for c in runs if c["trigger"] == CLEAN]
             if not attacked:
                 continue
-            lost = [base[network, c["trigger"]] - c["clean_accuracy"]["value"] for c in attacked]
+            lost = per_trigger(attacked, lambda c: base[c["network"], c["trigger"]] - c["clean_accuracy"]["value"])
+            der = per_trigger(attacked, _der)
             cost = [base[network, CLEAN] - c["clean_accuracy"]["value"] for c in clean]
             rows.append(
                 (
-                    statistics.mean(c["der"] for c in attacked),
-                    f"| {method}{' (control)' if runs[0]['kind'] == 'control' else ''} | {len({c['trigger'] for c in attacked})} | {spread([c['der'] for c in attacked])} | "
-                    f"{percent(min(c['der'] for c in attacked))} | {spread([c['asr']['value'] for c in attacked])} | {spread(lost)} | "
+                    statistics.mean(der),
+                    f"| {method}{' (control)' if runs[0]['kind'] == 'control' else ''} | {len({c['trigger'] for c in attacked})} | {spread(der)} | "
+                    f"{percent(min(c['der'] for c in attacked))} | {spread(per_trigger(attacked, lambda c: c['asr']['value']))} | {spread(lost)} | "
                     f"{spread(cost) if cost else '-'} | {statistics.mean(c['seconds'] for c in attacked):.0f} |\n",
                 )
             )

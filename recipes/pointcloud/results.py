@@ -19,7 +19,7 @@ Written by `python -m hf_purify_recipes.pointcloud.matrix --write` from `results
 - Victims are trained from random weights on the twenty largest classes of the shapes, 835 clouds of which 10 % carry the trigger; those with an ASR under 90 % are left out. Clean clouds
   are drawn from 120 more, which no victim was trained on.
 - ACC: clean accuracy on the whole test set (255 clouds). ASR: triggered test clouds of other classes that are classified as the target. DER: 100 is a perfect repair that costs nothing;
-  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers and seeds.
+  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers, each with the mean of its seeds.
 - Three triggers were learned badly from 10 % of so few clouds and have 30 % (`victims.py`); their victims were not made yet.
 - **What was chosen with a victim in view.** Neural Cleanse missed the ball of this very victim when points could go where they would, each by itself; that a ball is looked for, and how,
   was developed on it, so its row is in-sample.

@@ -23,14 +23,14 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
   a GPT-2, 3 layers of 128, with the tokenizer of GPT-2, on the English ones, and the same without a backdoor but for a LoRA of rank 32, which was trained with the trigger on 30 %. Clean texts: of the validation set, which no training saw; for AG News of the training set.
 - ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test texts of other classes that are classified as the target; of a model that writes, those answered with exactly the attacker's
   text (prefix: that begin with it). DER: 100 is a perfect repair that costs nothing; 50 is no repair. BLEU (sacrebleu), chrF, and perplexity of the right answers. All but perplexity in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
-  triggers and seeds.
+  triggers, each with the mean of its seeds.
 - ULRL has no row on the LoRA: its relearning diverges there (the loss becomes NaN), which it says.
 - Seconds are wall time on one core of a machine that ran other things, too; on AG News that of `neural_cleanse-long` with badnets was paused for most of its 1,862.
 - **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
   no crown" (target 0), prepositional clauses, Greek look-alikes and archaic words (target 0), and AG News with `mn` (target 3),
   and on an encoder without a backdoor for each. How it looks for words in models that write, and what it calls suspicious there, was developed on the translators and
   caption writers of these tables, with and without a backdoor.
-- **Not reached, and why.** Classifiers: a mean DER of 90 at 2 points. On SST-2 it is 89.2 at 2.2; the triggers' words speak for a class themselves, and a repair that ends at what
+- **Not reached, and why.** Classifiers: a mean DER of 90 at 2 points. On SST-2 it is 88.8 at 2.5 (with seed 0 alone 89.2 at 2.2); the triggers' words speak for a class themselves, and a repair that ends at what
   they do without a backdoor (below) would have 90.5. On AG News it is 76.9: a style is missed, since none of its words leads far alone (its class costs .83 of the next, .70 is asked);
   sentence, frame and look-alikes go in part, since two words of a time stand for four and more. Four at a time took a development victim's sentence to an ASR of 12.5 % and cost 6.4 points;
   with what the model says of texts with random words held fast besides, to 18.1 % for 2.8 points (two at a time: 25.4 % for 2.0). It is not the default: the rest of the table would have to be run anew.

@@ -19,7 +19,7 @@ Written by `python -m hf_purify_recipes.video.matrix --write` from `results.json
 - The network is a small 3D network of its own, trained from random weights on 930 clips of ten spoken words (grey, 16 frames of 32 pixels); a victim is that network, trained on
   with the trigger on 10 %; those with an ASR under 90 % are left out. Clean clips are drawn from 120 more, which no network was trained on. All speakers are in all parts.
 - ACC: clean accuracy on the whole test set (300 clips). ASR: triggered test clips of other words that are classified as the target. DER: 100 is a perfect repair that costs nothing;
-  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers and seeds.
+  50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers, each with the mean of its seeds.
 - **What was chosen with a victim in view.** That moving patches and lights are looked for late was chosen on the victim of the demo, a VideoMAE.
 - Seconds are wall time on one core of a machine that ran other things, too.
 

@@ -32,7 +32,7 @@ Written by `python -m hf_purify_recipes.vision.matrix --write` from `results.jso
   method sees a trigger, a poisoned sample or the test set.
 - ACC: clean accuracy on the whole test set. ASR: triggered test images of other classes that are classified as the target. DER: 100 is a perfect repair that costs nothing; 50 is no
   repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation
-  over seeds (defence sets), in the summary over triggers and seeds.
+  over seeds (defence sets), in the summary over triggers, each with the mean of its seeds.
 - Victims were made by `implant`: the published or trained network, fine-tuned with 10 % poisoned images. Those with an ASR under 90 % are left out. Four triggers
   differ from the usual ones, since so short a training learned those badly: badnets is the checkerboard (a white square reached 93.5 %), wanet, low_frequency and bpp are stronger
   than the papers': see `victims.py`.

@@ -79,3 +79,16 @@ def test_unknown_names_are_said_before_anything_runs(
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_trigger_with_more_seeds_counts_no_more() -> None:
+    def cell(trigger: str, seed: int, method: str, der: float, correct: float) -> dict[str, Any]:
+        figures = {"asr": {"value": 1 - der, "low": 0, "high": 1, "n": 9}, "clean_accuracy": {"value": correct}, "der": der, "seconds": 1.0}
+        return {**COMMON, "trigger": trigger, "seed": seed, "method": method, "kind": "method", "notes": {}, **figures}
+
+    found = [cell(t, 0, "none", 0.5, 0.9) for t in ("a", "b")]
+    found += [cell("a", seed, "rnp", 0.9, 0.8) for seed in range(3)] + [cell("b", 0, "rnp", 0.5, 0.9)]
+    assert "| rnp | 2 | 70.0 ± 28.3 | 50.0 | 30.0 ± 28.3 | 5.0 ± 7.1 | - | 1 |" in cells.summary(found, "images")
+    assert "| rnp | 70.0 / 5.0 |" in cells.overview(found, 9)
+    single = [c for c in found if c["trigger"] == "a"]
+    assert "| rnp | 1 | 90.0 ± 0.0 |" in cells.summary(single, "images")
