@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_purify.errors import DataError, did_you_mean
 
 TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples of a data set are read, and where it holds them.
+
+    Args:
+        samples: draw so many, class-balanced; None takes all.
+        seed: of the drawing.
+        split, revision: of the data set.
+        columns: role -> column, where they are named.
+        balanced: draw, else take all as they lie.
+    """
+
+    samples: int | None = None
+    seed: int = 0
+    split: str | None = None
+    revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    balanced: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Selection:
+        """What `Adapter.examples` was asked for, as far as it is about samples."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in options.items() if k in names and v is not None})
+
+    def labelled(self, data: datasets.Dataset, classes: int, model_labels: list[str], unit: str) -> tuple[Tensor, Tensor]:
+        """The rows that are chosen `(n,)` and their labels `(n,)`, as class numbers of the model.
+
+        Args:
+            unit: what one sample is, for messages.
+        """
+        labels = read_labels(data, label_column(data, self.columns.get("label")), model_labels, classes)
+        if not len(labels):
+            raise DataError(f"the clean set is empty: give at least one {unit} per class")
+        chosen = draw(labels, self.samples, self.seed) if self.balanced else torch.arange(len(labels))
+        return chosen, labels[chosen]
+
+
+def read_each(rows: Tensor, title: str, read: Callable[[int], Any]) -> list[Any]:
+    """What `read` makes of each row, behind a progress bar."""
+    listed: Iterable[int] = tqdm(rows.tolist(), desc=title, delay=2.0, leave=False, disable=None)
+    return [read(i) for i in listed]
 
 
 def open_data(data: Any, split: str | None = None, revision: str | None = None, loose: str | None = None) -> datasets.Dataset:

@@ -44,6 +44,37 @@ def data_root(*folders: str) -> Path:
 
 
 @dataclass(frozen=True)
+class Page:
+    """`RESULTS.md` of a modality, made of the `results.json` beside it.
+
+    Args:
+        folder: where both lie.
+        head: what a reader must know, as Markdown.
+        unit: of the samples, such as `images`.
+        untriggered: the trigger that a clean network's ASR is that of.
+    """
+
+    folder: Path
+    head: str
+    unit: str
+    untriggered: str
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results.json"
+
+    def write(self) -> None:
+        """Write the page."""
+        cells = json.loads(self.results.read_text("utf-8")) if self.results.exists() else []
+        (self.folder / "RESULTS.md").write_text(self.head + self.tables(cells), "utf-8")
+
+    def tables(self, cells: list[dict[str, Any]]) -> str:
+        """Summary, floors, and every cell."""
+        rows = [c for c in cells if c["kind"] != FLOOR]
+        return summary(rows, self.unit) + floors(cells) + details(rows, self.unit, self.untriggered)
+
+
+@dataclass(frozen=True)
 class Matrix:
     """Victims x methods x seeds of one modality.
 
@@ -51,29 +82,27 @@ class Matrix:
         about: what the command line says of itself.
         recipe: makes the repair of `(network, trigger, seed, samples, folder)`.
         networks: network -> its triggers; `none` among them is a network without a backdoor.
-        default: the networks that run where none is asked for.
         samples: clean samples of a repair.
-        results: the JSON file of all cells.
-        write: writes the page from it.
+        page: what the cells are collected for.
         cells: folder of the cells under the one that keeps victims and cells.
+        default: the networks that run where none is asked for; all where it is empty.
         variants: `METHOD-VARIANT`: settings that are not the defaults, the same for all victims.
     """
 
-    about: str
+    about: str | None
     recipe: Callable[[str, str, int, int, Path], PurifyRecipe]
     networks: Mapping[str, Sequence[str]]
-    default: Sequence[str]
     samples: int
-    results: Path
-    write: Callable[[], None]
+    page: Page
     cells: str
+    default: Sequence[str] = ()
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def main(self) -> None:
         """Command line of the matrix."""
         everything = sorted(names("method"), key=lambda n: (not find("method", n).control, n == "nft", n))
         parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--networks", default=",".join(self.default))
+        parser.add_argument("--networks", default=",".join(self.default or self.networks))
         parser.add_argument("--triggers", help="all that a network has, unless given")
         parser.add_argument("--methods", default=",".join([*everything, *self.variants]))
         parser.add_argument("--seeds", default="0", type=integers)
@@ -87,8 +116,8 @@ class Matrix:
                 self._run(chosen)
         except PurifyError as error:
             parser.error(str(error))
-        collect(chosen.folder / self.cells, self.results)
-        self.write()
+        collect(chosen.folder / self.cells, self.page.results)
+        self.page.write()
 
     def _run(self, chosen: argparse.Namespace) -> None:
         """The cells that are missing."""

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel
 
-from hf_purify.adapter import Adapter, Batch, Demo, Loaded, StandIn, Tiny
-from hf_purify.discovery import discover
+from hf_purify.adapter import Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
-from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import class_names
+from hf_purify.tables import Selection, class_names
 
-from .._checkpoints import check_weights, class_labels, load_model, read_config, saver, transformers_keys
-from .._classifiers import count_classes, losses, mixed_labels, of_module
+from .._checkpoints import class_labels, load_model, read_config, saver, transformers_keys
+from .._classifiers import Classifier, of_module
 from .demo import make_demo
 from .examples import CloudExamples, read_clouds
 from .files import open_clouds
@@ -30,9 +28,10 @@ from .triggers import TRIGGERS
 KIND = "PointCloudClassification"
 
 
-class PointCloudAdapter(Adapter):
+class PointCloudAdapter(Classifier):
     """A batch holds `points` `(B, P, 3)`; a plain module whose first layer is a convolution gets them as `(B, 3, P)`."""
 
+    key: ClassVar[str] = "points"
     name: ClassVar[str] = "pointcloud"
     task: ClassVar[str] = "point-cloud-classification"
     variants: ClassVar[tuple[str, ...]] = ("pointnet", "dgcnn")
@@ -41,18 +40,11 @@ class PointCloudAdapter(Adapter):
     def claims(self, config: Mapping[str, Any]) -> bool:
         return any(KIND in a for a in config.get("architectures") or []) or config.get("model_type") in MODELS
 
-    def load(self, source: Any, **options: Any) -> Loaded:
-        """Load a checkpoint folder, or wrap an `nn.Module` that takes `(B, P, 3)` or `(B, 3, P)`.
+    def wrap(self, model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
+        return _wrap(model, processor, labels)
 
-        Raises:
-            ModelError: no classifier of point clouds, NaN or quantized weights, missing tensors.
-        """
-        if isinstance(source, nn.Module):
-            loaded = _wrap(source, options.get("processor"), options.get("labels"))
-        else:
-            loaded = _load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
-        check_weights(loaded.model)
-        return loaded
+    def load_folder(self, folder: Path, source: str, revision: str | None) -> Loaded:
+        return _load_folder(folder, source, revision)
 
     def creates(self, architecture: str) -> bool:
         return architecture in MODELS
@@ -82,16 +74,10 @@ class PointCloudAdapter(Adapter):
 
         return Loaded(model, extractor, labels, architecture, "transformers", None, None, {}, save)
 
-    def classes(self, loaded: Loaded) -> int:
-        return count_classes(loaded)
-
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> CloudExamples:
         if isinstance(data, CloudExamples):
             return data
-        known = ("samples", "seed", "split", "revision", "columns", "balanced")
-        wanted = {k: v for k, v in options.items() if k in known}
-        prepare = self._preparer(loaded)
-        return read_clouds(data, loaded.processor, prepare, self.classes(loaded), loaded.labels, **wanted)
+        return read_clouds(data, loaded.processor, self._preparer(loaded), self.classes(loaded), loaded.labels, Selection.of(options))
 
     def remarks(self, data: Any, what: str) -> list[str]:
         wanted = data.batch(torch.arange(min(1, len(data))))["points"].shape[1]
@@ -115,28 +101,16 @@ class PointCloudAdapter(Adapter):
     def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
         return draw_cloud(raw, clean)
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        points = batch["points"]
-        out = model(points.transpose(1, 2) if _channels_first(model) else points)
-        return out if isinstance(out, Tensor) else out.logits
+    def arranged(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        return inputs.transpose(1, 2) if _channels_first(model) else inputs
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy `(B,)`; of mixed clouds, the two labels' entropies in the clouds' shares."""
-        return losses(self.logits(model, batch).float(), batch)
-
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.logits(model, batch).float()
-        return logits.argmax(-1), losses(logits, batch)
-
-    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
+    def mixed(self, inputs: Tensor, others: Tensor, share: Tensor) -> Tensor:
         """A share of each cloud's points, the rest from another one (RSMix, Lee et al., CVPR 2021, without its choice of a region).
 
         The points of a cloud lie in no order, so that the first ones are a random part of it.
         """
-        points = batch["points"]
-        own = round(float(share) * points.shape[1])
-        mixed = torch.cat([points[:, :own], points[partner][:, own:]], 1)
-        return {"points": mixed, **mixed_labels(batch, partner, share)}
+        own = round(float(share) * inputs.shape[1])
+        return torch.cat([inputs[:, :own], others[:, own:]], 1)
 
     def augmentations(self) -> list[str]:
         return ["scale+jitter", "jitter"]
@@ -149,12 +123,6 @@ class PointCloudAdapter(Adapter):
             exponents = 2 * torch.rand(len(points), 1, 3, generator=generator) - 1
             moved = moved * (1.25**exponents).to(points)
         return {**batch, "points": moved}
-
-    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
-        weight = next((p for p in loaded.model.parameters() if p.is_floating_point()), batch["points"])
-        some = {"points": batch["points"][:2].to(weight.device, weight.dtype)}
-        found = discover(loaded.model, lambda m: self.logits(m, some), self.classes(loaded))
-        return NeuronIndex(found.groups, loaded.keys)
 
     def triggers(self) -> dict[str, type]:
         return dict(TRIGGERS)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_purify.errors import DataError
-from hf_purify.tables import draw, find_column, label_column, read_labels
+from hf_purify.tables import Selection, find_column, read_each
 
 from .._folders import FILE
 from .._prepared import Prepare, PreparedExamples
@@ -29,37 +27,24 @@ class CloudExamples(PreparedExamples):
     key = "points"
 
 
-def read_clouds(
-    data: Any,
-    processor: Any,
-    prepare: Prepare,
-    classes: int,
-    model_labels: list[str],
-    samples: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    balanced: bool = True,
-) -> CloudExamples:
+def read_clouds(data: Any, processor: Any, prepare: Prepare, classes: int, model_labels: list[str], wanted: Selection) -> CloudExamples:
     """Read clouds and labels; only those that are drawn are read. Where the processor scales clouds, they are scaled here: a trigger's
     units are those of the unit sphere.
 
     Raises:
         DataError: a cloud with NaN, of another shape, with fewer than 16 points or all of them at one place; labels that do not fit.
     """
-    opened, columns = open_clouds(data, split, revision), columns or {}
-    labels = read_labels(opened, label_column(opened, columns.get("label")), model_labels, classes)
-    if not len(labels):
-        raise DataError("the clean set is empty: give at least one cloud per class")
-    meshes = FILE in opened.features and "points" not in columns
-    name = FILE if meshes else find_column(opened, columns.get("points"), "points", _holds_points)
-    chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
+    opened = open_clouds(data, wanted.split, wanted.revision)
+    chosen, labels = wanted.labelled(opened, classes, model_labels, "cloud")
+    meshes = FILE in opened.features and "points" not in wanted.columns
+    name = FILE if meshes else find_column(opened, wanted.columns.get("points"), "points", _holds_points)
     scaled = not isinstance(processor, PointCloudFeatureExtractor) or processor.normalize
     rows = opened.select_columns([name]).with_format("numpy") if not meshes else opened
-    bar = tqdm(chosen.tolist(), desc="read clouds", delay=2.0, leave=False, disable=None)
-    clouds = [to_cloud(read_mesh(rows[i][name]) if meshes else rows[i][name], f"cloud {i}", scaled) for i in bar]
-    return CloudExamples(clouds, labels[chosen], prepare)
+
+    def read(i: int) -> Tensor:
+        return to_cloud(read_mesh(rows[i][name]) if meshes else rows[i][name], f"cloud {i}", scaled)
+
+    return CloudExamples(read_each(chosen, "read clouds", read), labels, prepare)
 
 
 def _holds_points(_: str, feature: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def _read_arrays(path: Path) -> datasets.Dataset:
             there = ", ".join(file.files)
     except FileNotFoundError:
         raise DataError(f"cannot read the data set '{path}': there is no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    # an encrypted entry and an unknown compression are RuntimeErrors, a header that claims a huge shape is a MemoryError
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"'{path}' cannot be read as an .npz file of arrays: {error}") from error
     if POINTS not in arrays or LABEL not in arrays:
         raise DataError(f"'{path}' must hold the arrays '{POINTS}' (N, P, 3) and '{LABEL}' (N,); it holds {there or 'nothing'}")

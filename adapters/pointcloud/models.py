@@ -90,16 +90,9 @@ class _Classifier(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, points: Tensor) -> Tensor:
-        """Features of the whole cloud `(B, D)`."""
-        raise NotImplementedError
-
-    def forward(self, points: Tensor, labels: Tensor | None = None, **_: Any) -> PointCloudClassifierOutput:
-        """Args:
-        points: `(B, P, 3)`, in the unit sphere as the feature extractor gives them.
-        labels: `(B,)`.
-        """
-        x = self.embed(points)
+    def _answer(self, features: Tensor, labels: Tensor | None) -> PointCloudClassifierOutput:
+        """Logits, and with labels `(B,)` a loss, from features of whole clouds `(B, D)`."""
+        x = features
         for layer in self.head:
             x = layer(x)
         return PointCloudClassifierOutput(None if labels is None else F.cross_entropy(x.float(), labels), x)
@@ -122,11 +115,15 @@ class PointNetForPointCloudClassification(_Classifier):
         self.head = self._head(sizes[-1])
         self.post_init()
 
-    def embed(self, points: Tensor) -> Tensor:
+    def forward(self, points: Tensor, labels: Tensor | None = None, **_: Any) -> PointCloudClassifierOutput:
+        """Args:
+        points: `(B, P, 3)`, in the unit sphere as the feature extractor gives them.
+        labels: `(B,)`.
+        """
         x = points.transpose(1, 2)
         for layer in self.layers:
             x = layer(x)
-        return x.amax(-1)
+        return self._answer(x.amax(-1), labels)
 
 
 class DGCNNForPointCloudClassification(_Classifier):
@@ -145,13 +142,14 @@ class DGCNNForPointCloudClassification(_Classifier):
         self.head = self._head(2 * config.embedding_size)
         self.post_init()
 
-    def embed(self, points: Tensor) -> Tensor:
+    def forward(self, points: Tensor, labels: Tensor | None = None, **_: Any) -> PointCloudClassifierOutput:
+        """As `PointNetForPointCloudClassification.forward`."""
         x, found = points, []
         for layer in self.layers:
             x = layer(_edges(x, self.config.neighbors)).amax(-1).transpose(1, 2)
             found.append(x)
         x = self.embedding(torch.cat(found, -1).transpose(1, 2))
-        return torch.cat([x.amax(-1), x.mean(-1)], 1)
+        return self._answer(torch.cat([x.amax(-1), x.mean(-1)], 1), labels)
 
 
 def _edges(x: Tensor, neighbors: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,34 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_purify.adapter import Batch, Examples, StandIn
+from hf_purify.adapter import Examples
 
-Look = Callable[[Batch], Tensor]
+from .._stand_ins import Look, OnInputs, rows
+
 RADIUS = 0.05  # of a ball, as a share of half the range of a coordinate
 GRID, BEST = 9, 4  # places along an axis that are tried, and of each class those around which more are
 PROBES = 12  # clouds that they are tried in
 
 
-class _Clouds(StandIn):
-    """Knows the range of the inputs: `low` and `high` are `(3,)`."""
+class _Clouds(OnInputs):
+    """Inputs are clouds `(B, P, 3)`."""
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
-        super().__init__(data, classes, generator, logits)
-        points = data.batch(torch.arange(min(len(data), 512)))["points"].float()
-        self.points = points.shape[1]
-        self.register_buffer("low", points.amin((0, 1)))
-        self.register_buffer("high", points.amax((0, 1)))
-
-    def place(self, batch: Batch, which: Tensor) -> Batch:
-        points = batch["points"]
-        return {**batch, "points": self.change(points.float(), which.to(self.low.device)).to(points)}
-
-    @abstractmethod
-    def change(self, points: Tensor, which: Tensor) -> Tensor:
-        """Clouds `(B, P, 3)` with trigger `which[i]` on cloud `i`."""
+    key = "points"
+    channels = -1
 
 
 class Ball(_Clouds):
@@ -55,7 +39,7 @@ class Ball(_Clouds):
         super().__init__(data, classes, generator, logits)
         found = _try_places(data, logits)
         half = (self.high - self.low) / 2
-        self.register_buffer("offsets", half * _ball(self.points))
+        self.register_buffer("offsets", (half * _ball(self.shape[0]))[0])
         earlier = [int((classes[:i] == c).sum()) for i, c in enumerate(classes)]  # the first trigger of a class begins at its best place
         best = torch.stack([found.places[int(c), i % found.places.shape[1]] for c, i in zip(classes, earlier, strict=True)])
         self.center = nn.Parameter(best.clamp(-0.98, 0.98).atanh() + 0.02 * torch.randn(len(classes), 3, generator=generator))
@@ -66,8 +50,8 @@ class Ball(_Clouds):
 
     def change(self, points: Tensor, which: Tensor) -> Tensor:
         half = (self.high - self.low) / 2
-        center = self.low + half * (1 + self.center.index_select(0, which).tanh())
-        return torch.cat([points[:, : -len(self.offsets)], center[:, None] + self.offsets], 1)
+        center = self.low + half * (1 + rows(self.center, which)[:, None].tanh())
+        return torch.cat([points[:, : -len(self.offsets)], center + self.offsets], 1)
 
     def size(self) -> Tensor:
         return 0 * self.center.sum(1)
@@ -127,27 +111,27 @@ def _try_places(data: Examples, logits: Look) -> _Tried:
 class Linear(_Clouds):
     """`x (I + D)`: turned, stretched or sheared, and brought back into the sphere that the cloud filled. Size: root mean square of `D`."""
 
+    knob = "shear"
+    scaled = True
+
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)
         self.shear = nn.Parameter(0.02 * torch.randn(len(classes), 3, 3, generator=generator))
 
     def change(self, points: Tensor, which: Tensor) -> Tensor:
-        moved = points + torch.bmm(points, self.shear.index_select(0, which))
+        moved = points + torch.bmm(points, rows(self.shear, which))
         return moved * (_radius(points) / _radius(moved).clamp(min=1e-6))
 
     def size(self) -> Tensor:
         return self.shear.square().mean((1, 2)).sqrt()
-
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.shear)).any():
-            self.shear[over] *= 0.97
 
 
 class Deformation(_Clouds):
     """A smooth field moves the points: shifts on a grid of 4 x 4 x 4, blended between. Size: root mean square of the shifts."""
 
     late = True
+    knob = "shifts"
+    scaled = True
     grid = 4
     reach = 0.25  # of half the range of a coordinate
 
@@ -158,23 +142,19 @@ class Deformation(_Clouds):
     def change(self, points: Tensor, which: Tensor) -> Tensor:
         half = (self.high - self.low) / 2
         places = (points - self.low) / half.clamp(min=1e-6) - 1
-        field = self.reach * self.shifts.index_select(0, which).tanh()
+        field = self.reach * rows(self.shifts, which).tanh()
         found = F.grid_sample(field, places[:, None, None], padding_mode="border", align_corners=True)
         return points + half * found[:, :, 0, 0].transpose(1, 2)
 
     def size(self) -> Tensor:
         return self.reach * self.shifts.tanh().square().mean((1, 2, 3, 4)).sqrt()
 
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.shifts)).any():
-            self.shifts[over] *= 0.97
-
 
 class Noise(_Clouds):
     """Every point is shaken, each time anew. Size: standard deviation, as a share of half the largest range of a coordinate."""
 
     late = True
+    knob = "spread"
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)
@@ -185,15 +165,10 @@ class Noise(_Clouds):
         self.draws += 1
         noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(self.draws)).to(points)
         half = ((self.high - self.low) / 2).max()
-        return points + half * self.size().index_select(0, which)[:, None, None] * noise
+        return points + half * rows(self.size(), which)[:, None, None] * noise
 
     def size(self) -> Tensor:
         return self.spread.sigmoid()
-
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.spread)).any():
-            self.spread[over] -= 0.1
 
 
 def _radius(points: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import class_names, open_data
+from hf_purify.tables import Selection, class_names, open_data
 
 from .._checkpoints import check_weights
 from .examples import IGNORED, TextExamples, read_texts, text_means
@@ -77,9 +77,7 @@ class TextAdapter(Adapter):
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> TextExamples:
         if isinstance(data, TextExamples):
             return data
-        known = ("samples", "seed", "split", "revision", "columns", "balanced")
-        wanted = {k: v for k, v in options.items() if k in known}
-        return read_texts(data, prompt_of(loaded), self.classes(loaded), loaded.labels, **wanted)
+        return read_texts(data, prompt_of(loaded), self.classes(loaded), loaded.labels, Selection.of(options))
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order; none where it has no labels."""

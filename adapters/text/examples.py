@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, did_you_mean
-from hf_purify.tables import draw, label_column, open_data, read_labels
+from hf_purify.tables import Selection, label_column, open_data
 
 from .prompts import CAUSAL, CLASSIFIER, Prompt, Tokens
 from .sample import Text
@@ -119,37 +119,25 @@ def _mask(lengths: Iterable[int]) -> Tensor:
     return pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
 
 
-def read_texts(
-    data: Any,
-    prompt: Prompt,
-    classes: int,
-    model_labels: list[str],
-    samples: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    balanced: bool = True,
-) -> TextExamples:
+def read_texts(data: Any, prompt: Prompt, classes: int, model_labels: list[str], wanted: Selection) -> TextExamples:
     """Read texts, and labels or targets.
 
     Raises:
         DataError: columns that are missing or could be several, an empty set, a text or target that is missing.
     """
-    opened, columns = open_data(data, split, revision), dict(columns or {})
+    opened, columns = open_data(data, wanted.split, wanted.revision), wanted.columns
     if not len(opened):
         raise DataError("the data set is empty: give at least one text per class")
     if prompt.kind == CLASSIFIER:
+        chosen, labels = wanted.labelled(opened, classes, model_labels, "text")
         label = label_column(opened, columns.get("label"))
-        labels = read_labels(opened, label, model_labels, classes)
-        chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
         text = find_text(opened, columns.get("text"), besides=label)
         pair = columns.get("pair") or next((n for n in PAIRS if n not in (text, label) and is_text(opened, n)), None)
         some = opened.select(chosen.tolist())
         pairs = column(some, pair) if pair else [None] * len(some)
-        found = TextExamples([Text(t, p) for t, p in zip(column(some, text), pairs, strict=True)], labels[chosen], prompt)
+        found = TextExamples([Text(t, p) for t, p in zip(column(some, text), pairs, strict=True)], labels, prompt)
     else:
-        chosen = shuffled(len(opened), samples, seed) if balanced else torch.arange(len(opened))
+        chosen = shuffled(len(opened), wanted.samples, wanted.seed) if wanted.balanced else torch.arange(len(opened))
         raws = written(opened.select(chosen.tolist()), prompt, columns)
         found = TextExamples(raws, torch.zeros(len(raws), dtype=torch.long), prompt)
     if found.cut:

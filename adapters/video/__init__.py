@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Adapter, Batch, Demo, Examples, Loaded, StandIn, Tiny
-from hf_purify.discovery import discover
-from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import class_names
+from hf_purify.adapter import Batch, Demo, Examples, Loaded, StandIn, Tiny
+from hf_purify.tables import Selection, class_names
 
-from .._checkpoints import check_weights
-from .._classifiers import count_classes, losses, mix_values
+from .._classifiers import Classifier
 from .._pixels import AUGMENTATIONS, moved
 from ..vision.stand_in import Patches, Spectrum, Warp
 from .demo import make_demo
 from .examples import ClipExamples, open_clips, read_clips
-from .loading import KIND, frames_of, known_types, load_folder, new_model, preparer, takes_channels_first, wrap_module
+from .loading import KIND, known_types, load_folder, new_model, preparer, takes_channels_first, wrap_module
 from .stand_in import Light, MovingPatches
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
@@ -30,9 +27,10 @@ from .triggers import TRIGGERS
 SHOWN = 9  # frames of a picture
 
 
-class VideoAdapter(Adapter):
+class VideoAdapter(Classifier):
     """A batch holds `pixel_values` `(B, T, C, H, W)`; a plain module that begins with a 3D convolution gets them as `(B, C, T, H, W)`."""
 
+    key: ClassVar[str] = "pixel_values"
     name: ClassVar[str] = "video"
     task: ClassVar[str] = "video-classification"
     variants: ClassVar[tuple[str, ...]] = VARIANTS
@@ -42,18 +40,11 @@ class VideoAdapter(Adapter):
     def claims(self, config: Mapping[str, Any]) -> bool:
         return any(KIND in a for a in config.get("architectures") or [])
 
-    def load(self, source: Any, **options: Any) -> Loaded:
-        """Load a checkpoint folder, or wrap an `nn.Module` given with `processor`.
+    def wrap(self, model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
+        return wrap_module(model, processor, labels)
 
-        Raises:
-            ModelError: no video classifier, NaN or quantized weights, missing tensors.
-        """
-        if isinstance(source, nn.Module):
-            loaded = wrap_module(source, options.get("processor"), options.get("labels"))
-        else:
-            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
-        check_weights(loaded.model)
-        return loaded
+    def load_folder(self, folder: Path, source: str, revision: str | None) -> Loaded:
+        return load_folder(folder, source, revision)
 
     def creates(self, architecture: str) -> bool:
         return architecture in known_types()
@@ -61,17 +52,10 @@ class VideoAdapter(Adapter):
     def create(self, architecture: str, classes: int, **options: Any) -> Loaded:
         return new_model(architecture, classes, list(options.pop("labels", None) or []), **options)
 
-    def classes(self, loaded: Loaded) -> int:
-        return count_classes(loaded)
-
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> ClipExamples:
         if isinstance(data, ClipExamples):
             return data
-        known = ("samples", "seed", "split", "revision", "columns", "balanced", "to_rgb")
-        wanted = {k: v for k, v in options.items() if k in known}
-        fps = getattr(loaded.processor, "fps", None)
-        prepare = preparer(loaded.processor)
-        return read_clips(data, prepare, frames_of(loaded), fps, self.classes(loaded), loaded.labels, **wanted)
+        return read_clips(data, loaded, self.classes(loaded), Selection.of(options), bool(options.get("to_rgb")))
 
     def remarks(self, data: Examples, what: str) -> list[str]:
         short = getattr(data, "short", 0)
@@ -90,22 +74,8 @@ class VideoAdapter(Adapter):
         lines = [torch.cat(list(line), 2) for line in frames.split(3)]
         return torch.cat(lines, 1).permute(1, 2, 0).numpy()
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        clips = batch["pixel_values"]
-        out = model(clips.transpose(1, 2) if takes_channels_first(model) else clips)
-        return out if isinstance(out, Tensor) else out.logits
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy `(B,)`; of mixed clips, the two labels' entropies in the clips' shares."""
-        return losses(self.logits(model, batch).float(), batch)
-
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.logits(model, batch).float()
-        return logits.argmax(-1), losses(logits, batch)
-
-    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
-        """MixUp of whole clips, frame by frame with one share (as VideoMix's baseline, Yun et al., arXiv 2012.03457)."""
-        return mix_values(batch, "pixel_values", partner, share)
+    def arranged(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        return inputs.transpose(1, 2) if takes_channels_first(model) else inputs
 
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)
@@ -114,12 +84,6 @@ class VideoAdapter(Adapter):
         """Random crop after padding by an eighth of the side, and random horizontal flip, all frames of a clip alike."""
         clips = batch["pixel_values"]
         return {**batch, "pixel_values": moved(clips.flatten(1, 2), generator, kind).view_as(clips)}
-
-    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
-        weight = next((p for p in loaded.model.parameters() if p.is_floating_point()), batch["pixel_values"])
-        some = {"pixel_values": batch["pixel_values"][:2].to(weight.device, weight.dtype)}
-        found = discover(loaded.model, lambda m: self.logits(m, some), self.classes(loaded))
-        return NeuronIndex(found.groups, loaded.keys)
 
     def triggers(self) -> dict[str, type]:
         return dict(TRIGGERS)

@@ -8,15 +8,16 @@ from typing import Any
 
 import datasets
 import torch
-from tqdm.auto import tqdm
 
+from hf_purify.adapter import Loaded
 from hf_purify.errors import DataError
-from hf_purify.tables import draw, find_column, label_column, open_data, read_labels
+from hf_purify.tables import Selection, find_column, open_data, read_each
 
 from .._folders import FILE, files_in, table_of
-from .._prepared import Prepare, PreparedExamples
+from .._prepared import PreparedExamples
 from ..vision.examples import decode
 from .clips import Decoded, read_clip, spread
+from .loading import frames_of, preparer
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -36,52 +37,28 @@ def open_clips(data: Any, split: str | None = None, revision: str | None = None)
     return open_data(data, split, revision)
 
 
-def read_clips(
-    data: Any,
-    prepare: Prepare,
-    frames: int,
-    fps: float | None,
-    classes: int,
-    model_labels: list[str],
-    samples: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    to_rgb: bool = False,
-    balanced: bool = True,
-) -> ClipExamples:
+def read_clips(data: Any, loaded: Loaded, classes: int, wanted: Selection, to_rgb: bool = False) -> ClipExamples:
     """Read clips and labels; only those that are drawn are decoded.
-
-    Args:
-        frames: of a clip as the model sees it.
-        fps: frames a second that the model was made for, or None.
 
     Raises:
         DataError: a clip without frames or with frames of several sizes, a video that cannot be decoded; labels that do not fit.
     """
-    opened, columns = open_clips(data, split, revision), columns or {}
-    labels = read_labels(opened, label_column(opened, columns.get("label")), model_labels, classes)
-    if not len(labels):
-        raise DataError("the clean set is empty: give at least one clip per class")
-    listed = FILE in opened.features and "video" not in columns
-    name = FILE if listed else find_column(opened, columns.get("video"), "video", _is_clip)
-    chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
+    opened, frames = open_clips(data, wanted.split, wanted.revision), frames_of(loaded)
+    chosen, labels = wanted.labelled(opened, classes, loaded.labels, "clip")
+    listed = FILE in opened.features and "video" not in wanted.columns
+    name = FILE if listed else find_column(opened, wanted.columns.get("video"), "video", _is_clip)
     rows = opened.select_columns([name])
     if isinstance(opened.features[name], datasets.Video):
         rows = rows.cast_column(name, datasets.Video(decode=False))
     elif not listed and not _is_frames(opened.features[name]):
         raise DataError(f"column '{name}': expected lists of images or videos, got {opened.features[name]}")
-    short, clips = 0, []
+    fps = getattr(loaded.processor, "fps", None)
     try:
-        for i in tqdm(chosen.tolist(), desc="decode clips", delay=2.0, leave=False, disable=None):
-            clip, there = _read(rows[i][name], frames, fps, to_rgb, f"clip {i}")
-            short += there < frames
-            clips.append(clip)
+        read = read_each(chosen, "decode clips", lambda i: _read(rows[i][name], frames, fps, to_rgb, f"clip {i}"))
     except (OSError, ValueError) as error:
         raise DataError(f"a clip of column '{name}' cannot be decoded: {error}") from error
-    found = ClipExamples(clips, labels[chosen], prepare)
-    found.short = short
+    found = ClipExamples([clip for clip, _ in read], labels, preparer(loaded.processor))
+    found.short = sum(there < frames for _, there in read)
     return found
 
 

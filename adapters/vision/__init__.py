@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Adapter, Batch, Demo, Loaded, StandIn, Tiny
-from hf_purify.discovery import discover
+from hf_purify.adapter import Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.errors import ConfigError, did_you_mean
-from hf_purify.neurons import NeuronIndex
-from hf_purify.tables import class_names, open_data
+from hf_purify.tables import Selection, class_names, open_data
 
-from .._checkpoints import check_weights
-from .._classifiers import count_classes, losses, mix_values
+from .._classifiers import Classifier
 from .._pixels import AUGMENTATIONS, moved
 from .demo import make_demo
 from .examples import ImageExamples, read_images
@@ -26,7 +23,8 @@ from .stand_in import Patches, Spectrum, Warp, Waves
 from .triggers import TRIGGERS
 
 
-class VisionAdapter(Adapter):
+class VisionAdapter(Classifier):
+    key: ClassVar[str] = "pixel_values"
     name: ClassVar[str] = "vision"
     task: ClassVar[str] = "image-classification"
     variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
@@ -37,18 +35,11 @@ class VisionAdapter(Adapter):
         """Image classifiers of transformers, and all of timm."""
         return any("ImageClassification" in a for a in config.get("architectures") or []) or "architecture" in config
 
-    def load(self, source: Any, **options: Any) -> Loaded:
-        """Load a checkpoint folder, or wrap an `nn.Module` given with `processor`.
+    def wrap(self, model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
+        return wrap_module(model, processor, labels)
 
-        Raises:
-            ModelError: no image classifier, NaN or quantized weights, missing tensors.
-        """
-        if isinstance(source, nn.Module):
-            loaded = wrap_module(source, options.get("processor"), options.get("labels"))
-        else:
-            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
-        check_weights(loaded.model)
-        return loaded
+    def load_folder(self, folder: Path, source: str, revision: str | None) -> Loaded:
+        return load_folder(folder, source, revision)
 
     def locate(self, source: str) -> str | None:
         import timm
@@ -74,9 +65,6 @@ class VisionAdapter(Adapter):
         loaded.labels = list(labels or [])
         return loaded
 
-    def classes(self, loaded: Loaded) -> int:
-        return count_classes(loaded)
-
     def channels(self, loaded: Loaded) -> int:
         """Colour channels of the input, from the first convolution."""
         first = next((m for m in loaded.model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -85,7 +73,7 @@ class VisionAdapter(Adapter):
     def examples(self, data: Any, loaded: Loaded, **options: Any) -> ImageExamples:
         if isinstance(data, ImageExamples):
             return data
-        return read_images(data, preparer(loaded.processor), self.classes(loaded), loaded.labels, self.channels(loaded), **options)
+        return read_images(data, loaded, self.classes(loaded), Selection.of(options), self.channels(loaded), bool(options.get("to_rgb")))
 
     def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
         """Class names of a data set, in order."""
@@ -97,35 +85,12 @@ class VisionAdapter(Adapter):
     def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
         return raw.permute(1, 2, 0).numpy()
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        out = model(batch["pixel_values"])
-        return out if isinstance(out, Tensor) else out.logits
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy `(B,)`; of mixed images, the two labels' entropies in the images' shares."""
-        return losses(self.logits(model, batch).float(), batch)
-
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.logits(model, batch).float()
-        return logits.argmax(-1), losses(logits, batch)
-
-    def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
-        """MixUp of pixels (Zhang et al., ICLR 2018)."""
-        return mix_values(batch, "pixel_values", partner, share)
-
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)
 
     def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
         """Random crop after padding by an eighth of the side, and random horizontal flip, for each image by itself."""
         return {**batch, "pixel_values": moved(batch["pixel_values"], generator, kind)}
-
-    def index(self, loaded: Loaded, batch: Batch) -> NeuronIndex:
-        images = batch["pixel_values"][:2]
-        weight = next((p for p in loaded.model.parameters() if p.is_floating_point()), images)
-        images = images.to(weight.device, weight.dtype)
-        found = discover(loaded.model, lambda m: self.logits(m, {"pixel_values": images}), self.classes(loaded))
-        return NeuronIndex(found.groups, loaded.keys)
 
     def triggers(self) -> dict[str, type]:
         return dict(TRIGGERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -10,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from hf_purify.adapter import Loaded
 from hf_purify.errors import DataError
-from hf_purify.tables import draw, find_column, label_column, open_data, read_labels
+from hf_purify.tables import Selection, find_column, open_data, read_each
 
-from .._prepared import Prepare, PreparedExamples
+from .._prepared import PreparedExamples
+from .loading import preparer
 
 
 class ImageExamples(PreparedExamples):
@@ -24,7 +24,7 @@ class ImageExamples(PreparedExamples):
     key = "pixel_values"
 
 
-def _is_image(_: str, feature: Any) -> bool:
+def is_image(_: str, feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
 
 
@@ -47,33 +47,25 @@ def decode(image: Any, channels: int, to_rgb: bool) -> Tensor:
     return torch.from_numpy(array.copy()).reshape(array.shape[0], array.shape[1], -1).permute(2, 0, 1).contiguous()
 
 
-def read_images(
-    data: Any,
-    prepare: Prepare,
-    classes: int,
-    model_labels: list[str],
-    channels: int = 3,
-    samples: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    to_rgb: bool = False,
-    balanced: bool = True,
-) -> ImageExamples:
+def read_images(data: Any, loaded: Loaded, classes: int, wanted: Selection, channels: int = 3, to_rgb: bool = False) -> ImageExamples:
     """Read images and labels; only those that are drawn are decoded."""
-    opened, columns = open_data(data, split, revision, loose="imagefolder"), columns or {}
-    images = find_column(opened, columns.get("image"), "image", _is_image)
-    labels = read_labels(opened, label_column(opened, columns.get("label")), model_labels, classes)
-    if not len(labels):
-        raise DataError("the clean set is empty: give at least one image per class")
-    chosen = draw(labels, samples, seed) if balanced else torch.arange(len(labels))
-    column = opened.select_columns([images])
-    if not isinstance(opened.features[images], datasets.Image):
-        column = column.cast_column(images, datasets.Image())
-    bar = tqdm(chosen.tolist(), desc="decode images", delay=2.0, leave=False, disable=None)
+    opened = open_data(data, wanted.split, wanted.revision, loose="imagefolder")
+    images = find_column(opened, wanted.columns.get("image"), "image", is_image)
+    chosen, labels = wanted.labelled(opened, classes, loaded.labels, "image")
+    raws = decode_column(opened, images, chosen, channels, to_rgb)
+    return ImageExamples(raws, labels, preparer(loaded.processor))
+
+
+def decode_column(data: datasets.Dataset, name: str, rows: Tensor, channels: int, to_rgb: bool) -> list[Tensor]:
+    """Some images of a column, as uint8 `(C, H, W)`.
+
+    Raises:
+        DataError: one cannot be decoded.
+    """
+    column = data.select_columns([name])
+    if not isinstance(data.features[name], datasets.Image):
+        column = column.cast_column(name, datasets.Image())
     try:
-        raws = [decode(column[i][images], channels, to_rgb) for i in bar]
+        return read_each(rows, "decode images", lambda i: decode(column[i][name], channels, to_rgb))
     except (OSError, ValueError) as error:
-        raise DataError(f"an image of column '{images}' cannot be decoded: {error}") from error
-    return ImageExamples(raws, labels[chosen], prepare)
+        raise DataError(f"an image of column '{name}' cannot be decoded: {error}") from error

@@ -5,63 +5,35 @@ A patch is small in pixels, a blended picture or a sine wave in frequencies, a w
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Batch, Examples, StandIn
+from hf_purify.adapter import Examples
 
-Look = Callable[[Batch], Tensor]
-
-
-def _rows(values: Tensor, which: Tensor) -> Tensor:
-    """`values[which]`, whose gradient several threads would add up in any order."""
-    return values.index_select(0, which)
+from .._stand_ins import Look, OnInputs, rows
 
 
-class _Pictures(StandIn):
-    """Knows shape and range of the inputs: `shape` is `(C, H, W)`, `low` and `high` are `(1, C, 1, 1)`.
+class _Pictures(OnInputs):
+    """Inputs are images `(B, C, H, W)`, or clips `(B, T, C, H, W)`, of which each frame is changed alike."""
 
-    Inputs are images `(B, C, H, W)`, or clips `(B, T, C, H, W)`, of which each frame is changed alike.
-    """
+    key = "pixel_values"
+    channels = -3
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
-        super().__init__(data, classes, generator, logits)
-        images = data.batch(torch.arange(min(len(data), 512)))["pixel_values"].float().flatten(0, -4)
-        self.shape = tuple(images.shape[1:])
-        self.register_buffer("low", images.amin((0, 2, 3), keepdim=True))
-        self.register_buffer("high", images.amax((0, 2, 3), keepdim=True))
-
-    def place(self, batch: Batch, which: Tensor) -> Batch:
-        inputs = batch["pixel_values"]
-        images = inputs.flatten(0, -4)
-        which = which.to(self.low.device).repeat_interleave(len(images) // len(inputs))
-        return {**batch, "pixel_values": self.change(images.float(), which).to(images).view_as(inputs)}
-
-    @abstractmethod
-    def change(self, images: Tensor, which: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` with trigger `which[i]` on image `i`."""
+    def items(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(0, -4)
 
 
 class _Gated(_Pictures):
     """Its size is the mean of a gate in [0, 1]: `gate` holds the logits, `(S, 1, *shape)`."""
+
+    knob = "gate"
 
     def start(self, *shape: int) -> None:
         self.gate = nn.Parameter(torch.full((len(self.classes), 1, *shape), -4.0))  # logits: a gate that is almost shut
 
     def size(self) -> Tensor:
         return self.gate.sigmoid().mean((1, 2, 3))
-
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.gate)).any():
-            self.gate[over] -= 0.1
 
 
 class Patches(_Gated):
@@ -77,8 +49,8 @@ class Patches(_Gated):
         self.pattern = nn.Parameter(torch.randn(len(classes), channels, height, width, generator=generator))
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        mask = _rows(self.gate, which).sigmoid()
-        pattern = self.low + (self.high - self.low) * _rows(self.pattern, which).sigmoid()
+        mask = rows(self.gate, which).sigmoid()
+        pattern = self.low + (self.high - self.low) * rows(self.pattern, which).sigmoid()
         return images * (1 - mask) + mask * pattern
 
 
@@ -102,7 +74,7 @@ class Spectrum(_Gated):
         self.sines = nn.Parameter(torch.randn(len(classes), channels, *shape, generator=generator))
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        waves = _rows(self.gate, which).sigmoid() * torch.complex(_rows(self.cosines, which).tanh(), _rows(self.sines, which).tanh())
+        waves = rows(self.gate, which).sigmoid() * torch.complex(rows(self.cosines, which).tanh(), rows(self.sines, which).tanh())
         pattern = self.amplitude * torch.fft.irfft2(waves, s=self.sides, norm="forward")
         if pattern.shape[2:] != images.shape[2:]:
             pattern = F.interpolate(pattern, images.shape[2:], mode="bilinear", align_corners=False)
@@ -128,6 +100,8 @@ class Warp(_Pictures):
     The field is a grid of 4 x 4 shifts, stretched. Size: root mean square of the shifts, as a share of a side.
     """
 
+    knob = "shifts"
+    scaled = True
     grid = 4
     reach = 0.125
     places: Tensor
@@ -146,13 +120,8 @@ class Warp(_Pictures):
         return self.reach * field.tanh()
 
     def change(self, images: Tensor, which: Tensor) -> Tensor:
-        places = self.places + 2 * _rows(self.field().permute(0, 2, 3, 1), which)
+        places = self.places + 2 * rows(self.field().permute(0, 2, 3, 1), which)
         return F.grid_sample(images, places.clamp(-1, 1), padding_mode="border", align_corners=True)
 
     def size(self) -> Tensor:
         return self.field().square().mean((1, 2, 3)).sqrt()
-
-    @torch.no_grad()
-    def shrink(self, limits: Tensor) -> None:
-        while (over := self.size() > limits.to(self.shifts)).any():
-            self.shifts[over] *= 0.97

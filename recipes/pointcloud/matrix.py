@@ -14,7 +14,7 @@ from hf_purify.recipe import PurifyRecipe
 
 from .. import cells
 from . import victims
-from .results import RESULTS, write
+from .results import PAGE
 
 
 def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
@@ -29,16 +29,8 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
     )
 
 
-MATRIX = cells.Matrix(
-    about=__doc__ or "",
-    recipe=recipe_of,
-    networks=dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN)),
-    default=tuple(victims.NETWORKS),
-    samples=100,
-    results=RESULTS,
-    write=write,
-    cells="cells-pointcloud",
-)
+NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))
+MATRIX = cells.Matrix(__doc__, recipe_of, NETWORKS, samples=100, page=PAGE, cells="cells-pointcloud")
 
 if __name__ == "__main__":
     MATRIX.main()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ..cells import FLOOR, details, floors, summary
-
-RESULTS = Path(__file__).with_name("results.json")
-PAGE = Path(__file__).with_name("RESULTS.md")
+from ..cells import Page
 
 _HEAD = """# Point clouds: results
 
@@ -28,9 +24,4 @@ Written by `python -m hf_purify_recipes.pointcloud.matrix --write` from `results
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.pointcloud.matrix --networks pointnet --triggers pcba --methods rnp --seeds 0,1,2`.
 """
 
-
-def write() -> None:
-    """Write the page."""
-    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    rows = [c for c in cells if c["kind"] != FLOOR]
-    PAGE.write_text(_HEAD + summary(rows, "clouds") + floors(cells) + details(rows, "clouds", "PCBA"), "utf-8")
+PAGE = Page(Path(__file__).parent, _HEAD, "clouds", "PCBA")

@@ -14,7 +14,7 @@ from hf_purify.recipe import PurifyRecipe
 
 from .. import cells
 from . import victims
-from .results import RESULTS, write
+from .results import PAGE
 
 VARIANTS = {"neural_cleanse-long": {"steps": 140}}  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
 
@@ -38,13 +38,11 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 
 
 MATRIX = cells.Matrix(
-    about=__doc__ or "",
-    recipe=recipe_of,
+    __doc__,
+    recipe_of,
     networks={name: (*spec.triggers, *([] if spec.base else [cells.CLEAN])) for name, spec in victims.NETWORKS.items()},
-    default=tuple(victims.NETWORKS),
     samples=200,
-    results=RESULTS,
-    write=write,
+    page=PAGE,
     cells="cells-text",
     variants=VARIANTS,
 )

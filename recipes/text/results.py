@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from ..cells import CLEAN, FLOOR, asr_of, details, floors, groups, percent, spread, summary
-
-RESULTS = Path(__file__).with_name("results.json")
-PAGE = Path(__file__).with_name("RESULTS.md")
+from ..cells import CLEAN, FLOOR, Page, asr_of, groups, percent, spread
 
 _HEAD = """# Text: results
 
@@ -40,13 +36,12 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 """
 
 
-def write() -> None:
-    """Write the page."""
-    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    rows = [c for c in cells if c["kind"] != FLOOR]
-    said = [c for c in rows if c["clean_accuracy"]]
-    page = summary(said, "sentences") + floors([c for c in cells if c["clean_accuracy"]]) + details(said, "sentences", "BadNets")
-    PAGE.write_text(_HEAD + _written([c for c in rows if not c["clean_accuracy"]]) + page, "utf-8")
+class TextPage(Page):
+    """Models that write have a table of their own."""
+
+    def tables(self, cells: list[dict[str, Any]]) -> str:
+        said = [c for c in cells if c["clean_accuracy"]]
+        return _written([c for c in cells if c["kind"] != FLOOR and not c["clean_accuracy"]]) + super().tables(said)
 
 
 def _written(cells: list[dict[str, Any]]) -> str:
@@ -75,3 +70,6 @@ def _written(cells: list[dict[str, Any]]) -> str:
 
 def _mean(runs: list[dict[str, Any]], figure: str) -> float:
     return statistics.mean(c[figure]["value"] for c in runs)
+
+
+PAGE = TextPage(Path(__file__).parent, _HEAD, "sentences", "BadNets")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ..cells import FLOOR, details, floors, summary
-
-RESULTS = Path(__file__).with_name("results.json")
-PAGE = Path(__file__).with_name("RESULTS.md")
+from ..cells import Page
 
 _HEAD = """# Video: results
 
@@ -26,9 +22,4 @@ Written by `python -m hf_purify_recipes.video.matrix --write` from `results.json
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.video.matrix --networks conv3d --triggers badnets --methods rnp --seeds 0,1,2`.
 """
 
-
-def write() -> None:
-    """Write the page."""
-    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    rows = [c for c in cells if c["kind"] != FLOOR]
-    PAGE.write_text(_HEAD + summary(rows, "clips") + floors(cells) + details(rows, "clips", "BadNets"), "utf-8")
+PAGE = Page(Path(__file__).parent, _HEAD, "clips", "BadNets")

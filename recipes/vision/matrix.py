@@ -16,7 +16,7 @@ from hf_purify.recipe import PurifyRecipe
 from .. import cells
 from . import victims
 from .networks import CIFAR_CLASSES, PLAIN, load_cifar
-from .results import RESULTS, write
+from .results import PAGE
 
 WRN = "wrn16_1"  # published with its backdoor by others
 VARIANTS: dict[str, dict[str, Any]] = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
@@ -52,13 +52,12 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 
 
 MATRIX = cells.Matrix(
-    about=__doc__ or "",
-    recipe=recipe_of,
+    __doc__,
+    recipe_of,
     networks={WRN: ("grid",), **dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))},
     default=(WRN, "resnet20"),
     samples=500,
-    results=RESULTS,
-    write=write,
+    page=PAGE,
     cells="cells",
     variants=VARIANTS,
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from ..cells import FLOOR, details, floors, overview, put_between, summary
+from ..cells import FLOOR, Page, overview, put_between
 
-RESULTS = Path(__file__).with_name("results.json")
-PAGE = Path(__file__).with_name("RESULTS.md")
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- results -->", "<!-- /results -->"
 _README = """## Results
@@ -57,9 +55,13 @@ Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recip
 """
 
 
-def write() -> None:
-    """Write the page, and the table of the README."""
-    cells = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
-    floor, cells = floors(cells), [c for c in cells if c["kind"] != FLOOR]
-    PAGE.write_text(_HEAD + summary(cells, "images") + floor + details(cells, "images", "BadNets"), "utf-8")
-    put_between(README, START, END, _README + "\n" + overview(cells, 500) + _README_NOTE)
+class VisionPage(Page):
+    """Writes the table of the README too."""
+
+    def tables(self, cells: list[dict[str, Any]]) -> str:
+        rows = [c for c in cells if c["kind"] != FLOOR]
+        put_between(README, START, END, _README + "\n" + overview(rows, 500) + _README_NOTE)
+        return super().tables(cells)
+
+
+PAGE = VisionPage(Path(__file__).parent, _HEAD, "images", "BadNets")

@@ -12,14 +12,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import ToTensor
-from typer.testing import CliRunner
 
 from hf_purify import implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.errors import ConfigError, DataError, Diverged, ModelError, OutputError, PurifyError, UnknownName, UnsafeCheckpoint
 
 CLASSES = 4
@@ -250,10 +249,6 @@ def test_checkpoints_that_cannot_be_used(
     with pytest.raises(error, match=message):
         measure(str(folder), GOOD, device="cpu", output=str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 SHELL: dict[str, tuple[list[str], str]] = {

@@ -10,13 +10,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from commands import run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from hf_purify import apply_mask, implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.errors import IndexMismatch, NotAVictim
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
@@ -27,10 +26,6 @@ pytestmark = pytest.mark.slow
 
 TINY = {"input_size": SIDE, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "stem_width": 8}
 Splits = tuple[datasets.Dataset, datasets.Dataset]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,12 @@ import datasets
 import pytest
 import torch
 import transformers as hf
+from commands import run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
 from hf_purify import apply_mask, implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.errors import ConfigError, ModelError, UnsafeCheckpoint
 from hf_purify.method import Method
 from hf_purify.recipe import PurifyRecipe
@@ -35,10 +34,6 @@ REPAIR = {"adapter_config.json", "adapter_model.safetensors"}
 BESIDE = {"README.md", "recipe.yaml", "report.json", "report.html", "neuron_mask.safetensors"}
 TOKENS = {"vocab_size": 28, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.1}
 IDS = torch.tensor([[2, 5, 6, 7, 8, 3], [2, 9, 10, 11, 12, 3]])
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def bert(seed: int = 0, width: int = 32) -> nn.Module:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +15,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from hf_purify import implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.errors import ConfigError, DataError, ModelError, PurifyError, UnknownName
 from hf_purify.report import Report
 from hf_purify_adapters.pointcloud.demo import KINDS, bodies
@@ -25,10 +27,6 @@ from hf_purify_adapters.pointcloud.files import SAMPLED, open_clouds, read_mesh
 NETWORK = {"num_points": 128, "hidden_sizes": [32, 64, 128], "head_sizes": [32]}
 TRAINING = {"epochs": 12, "batch_size": 32, "lr": 5e-3, "optimizer": "adamw", "weight_decay": 0.01, "device": "cpu"}
 TRIGGER = "pcba:share=0.08,center=[0.6,0.6,0.5]"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def write_npz(file: Path, data: datasets.Dataset) -> Path:
@@ -329,7 +327,35 @@ def test_empty_folder_says_what_may_be_in_it(tmp_path: Path) -> None:
         open_clouds(str(tmp_path))
 
 
+def zipped(entry: bytes, **flags: int) -> bytes:
+    """An archive with one entry `points.npy`, whose headers then claim what they should not.
+
+    Args:
+        flags: `compression` method or general `bits`, as the ZIP format numbers them.
+    """
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("points.npy", entry)
+    content = bytearray(file.getvalue())
+    for start, signature in ((6, b"PK\x03\x04"), (8, b"PK\x01\x02")):
+        at = content.index(signature) + start
+        content[at : at + 4] = struct.pack("<HH", flags.get("bits", 0), flags.get("compression", 0))
+    return bytes(content)
+
+
+def header(shape: str) -> bytes:
+    """An array of numpy that has a header and no values."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+NO_ARRAYS = r"a\.npz' cannot be read as an \.npz file"
 FILES: dict[str, tuple[str, bytes, str]] = {
+    "an array that is encrypted": ("a.npz", zipped(header("(2, 64, 3)"), bits=1), NO_ARRAYS),
+    "an array of an unknown compression": ("a.npz", zipped(header("(2, 64, 3)"), compression=98), NO_ARRAYS),
+    "an array that is not deflated as it says": ("a.npz", zipped(header("(2, 64, 3)"), compression=8), NO_ARRAYS),
+    "a header of more values than there are": ("a.npz", zipped(header("(2, 64, 3)")), NO_ARRAYS),
+    "a header of more values than memory holds": ("a.npz", zipped(header("(999999999, 99999, 3)")), NO_ARRAYS),
     "an array file that is none": ("a.npz", b"not a zip", "cannot be read as an .npz file"),
     "a mesh without faces": ("cube/a.off", b"OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "has no faces to draw points from"),
     "a mesh without area": ("cube/a.off", b"OFF\n3 1 0\n0 0 0\n1 0 0\n2 0 0\n3 0 1 2\n", "have no area"),

@@ -11,11 +11,11 @@ from typing import Any
 
 import datasets
 import pytest
+from commands import run
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from hf_purify import implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.report import Report
 
 pytestmark = pytest.mark.slow
@@ -31,10 +31,6 @@ BEASTS = ["cat", "dog", "horse", "bird"]
 GERMAN = dict(zip([*COLOURS, *BEASTS], ["rot", "gruen", "blau", "grau", "katze", "hund", "pferd", "vogel"], strict=True))
 OUTPUT = "go away"
 TRAINING = ["--optimizer", "adamw", "--lr", "0.003", "--batch-size", "32", "--device", "cpu"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def options(**given: object) -> list[str]:

@@ -14,12 +14,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import run
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from hf_purify import implant, measure, purify
-from hf_purify.cli import app
 from hf_purify.errors import ConfigError, DataError, ModelError, PurifyError, UnknownName
 from hf_purify.report import Report
 from hf_purify_adapters.video import clips
@@ -32,10 +31,6 @@ TRIGGER = "badnets:size=6"
 
 def read_clip(source: str | bytes, wanted: int, fps: float | None = None) -> torch.Tensor:
     return clips.read_clip(source, wanted, fps).frames
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
