@@ -56,11 +56,11 @@ class Classifier(Adapter):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`; of mixed inputs, the two labels' entropies in the inputs' shares."""
-        return _losses(self.logits(model, batch).float(), batch)
+        return self.both(model, batch)[1]
 
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def both(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.logits(model, batch).float()
-        return logits.argmax(-1), _losses(logits, batch)
+        return logits, _losses(logits, batch)
 
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """MixUp of inputs and labels with one share for all."""

@@ -171,7 +171,7 @@ class Adapter(ABC):
         return True
 
     def outcomes(self, loaded: Loaded) -> int:
-        """How many answers a row of `logits` chooses among: its chance level is one in so many."""
+        """How many answers there are to choose among, by `read`: the chance level is one in so many."""
         return self.classes(loaded)
 
     def remarks(self, data: Examples, what: str) -> list[str]:
@@ -186,13 +186,13 @@ class Adapter(ABC):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Forward pass: a row for each answer, `(B, classes)` of a classifier."""
 
-    def answers(self, batch: Batch) -> Tensor:
-        """What each row of `logits` should say, `(rows,)`."""
-        return batch["labels"]
-
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss per example `(B,)`, of mixed batches too."""
+
+    def both(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`logits` and `loss`; a modality that can gives them from one forward pass."""
+        return self.logits(model, batch), self.loss(model, batch)
 
     @abstractmethod
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
@@ -254,12 +254,13 @@ class Adapter(ABC):
         """A model with random weights, to be trained from scratch; `labels` among the options are the names of its classes."""
         raise ConfigError(f"the {self.name} adapter creates no new models; give a checkpoint")
 
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The answer of each row of `logits`, `(rows,)`, and losses `(B,)`; a modality that can gives both from one forward pass."""
-        return self.predict(model, batch), self.loss(model, batch)
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said and what should be, `(rows,)` each, of a classifier classes `(B,)`; and losses `(B,)`."""
+        logits, losses = self.both(model, batch)
+        return logits.argmax(-1), batch["labels"], losses
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The answer of each row of `logits`, `(rows,)`: predicted classes `(B,)`."""
+        """Predicted classes `(B,)` of a classifier."""
         return self.logits(model, batch).argmax(-1)
 
     def observe(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Any]:
@@ -279,12 +280,13 @@ class Adapter(ABC):
         return clean_accuracy(torch.tensor(observed, dtype=torch.long), data.labels), {}
 
     def judge_attack(
-        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor
+        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor, untriggered: list[Any]
     ) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
         """Attack success rates, the main one under the trigger's `name`, and robust accuracies, of what was observed on triggered samples.
 
         Args:
             labels, targets: `(n,)` true classes, and what the attacker wants.
+            untriggered: what the same model did with the same samples without the trigger.
         """
         found = torch.tensor(observed, dtype=torch.long)
         return {name: attack_success_rate(found, labels, targets)}, {name: robust_accuracy(found, labels, targets)}

@@ -114,7 +114,8 @@ def figures(session: Session, bench: Bench) -> Figures:
     found = Figures(clean, {}, *bench.adapter.judge(clean, bench.clean))
     for name, view in bench.triggered.items():
         found.triggered[name] = observe(task, view.examples, session.loaded, title=f"ASR {name}")
-        asr, robust = bench.adapter.judge_attack(name, found.triggered[name], view.examples, view.labels, view.targets)
+        untriggered = [clean[i] for i in view.rows.tolist()]
+        asr, robust = bench.adapter.judge_attack(name, found.triggered[name], view.examples, view.labels, view.targets, untriggered)
         found.asr |= asr
         found.robust |= robust
     return found

@@ -10,7 +10,7 @@ from hf_purify.lora import units
 from hf_purify.method import Context
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.session import Session
-from hf_purify.task import evaluate
+from hf_purify.task import reading
 
 
 def read_clean(session: Session, recipe: PurifyRecipe) -> Examples:
@@ -49,18 +49,13 @@ def choose_augmentation(session: Session, data: Examples) -> str:
     task, kinds = session.task(data), session.adapter.augmentations()
     if not kinds:
         return "none"
-    with torch.no_grad():
-        plain = float((evaluate(task, data) == data.labels).float().mean())
-        for kind in kinds:
-            hits = 0
-            session.model.eval()
-            for indices in torch.arange(len(data)).split(256):
-                batch = session.adapter.augment(data.batch(indices), task.generator, kind)
-                batch = {k: v.to(task.device) for k, v in batch.items()}
-                hits += int((session.adapter.predict(session.model, batch) == batch["labels"]).sum())
-            if hits / len(data) >= plain - 0.1:
-                return kind
-    return "none"
+
+    def accuracy(kind: str) -> float:
+        said, right, _ = reading(task, data, kind)
+        return float((said == right).float().mean())
+
+    plain = accuracy("none")
+    return next((kind for kind in kinds if accuracy(kind) >= plain - 0.1), "none")
 
 
 def make_context(session: Session, clean: Examples, held_out: float) -> Context:

@@ -19,7 +19,7 @@ from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
-from hf_purify.task import Task, by_length, mode
+from hf_purify.task import Task, reading
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,9 @@ class Context(Task):
         with masked(self.model, self.index, mask.to(self.device)):
             return self.accuracy()
 
-    @torch.no_grad()
     def reading(self) -> tuple[Tensor, Tensor, float]:
         """What is said on held-out samples, what should be, `(rows,)` each, and the mean clean loss of the model as it is, in eval mode."""
-        predictions, answers, total = [], [], 0.0
-        with mode(self.model, "eval"), self.accelerator.autocast():
-            for indices in by_length(self.judged, 256):
-                batch = {k: v.to(self.device) for k, v in self.judged.batch(indices).items()}
-                found, losses = self.adapter.read(self.model, batch)
-                predictions.append(found.cpu())
-                answers.append(self.adapter.answers(batch).cpu())
-                total += float(losses.sum())
-        return torch.cat(predictions), torch.cat(answers), total / len(self.judged)
+        return reading(self, self.judged)
 
     def neurons(self, granularity: str = "auto") -> NeuronIndex:
         """The neurons that masks and prunings act on.

@@ -176,7 +176,7 @@ def untriggered_rate(found: Figures, bench: Bench, name: str) -> float:
     if found.clean is None:
         return 0.0
     untriggered = [found.clean[i] for i in view.rows.tolist()]
-    return bench.adapter.judge_attack(name, untriggered, view.examples, view.labels, view.targets)[0][name].value
+    return bench.adapter.judge_attack(name, untriggered, view.examples, view.labels, view.targets, untriggered)[0][name].value
 
 
 def check_victim(recipe: ImplantRecipe, name: str, victim: Row, natural: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,26 +105,30 @@ def by_length(data: Examples, batch_size: int) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def evaluate(task: Task, data: Examples, batch_size: int = 256, title: str = "") -> Tensor:
-    """Predicted classes `(n,)` for all samples of a classifier, in eval mode."""
-    found = _over(task, data, batch_size, title, lambda batch: task.adapter.predict(task.model, batch).tolist())
-    return torch.tensor(found, dtype=torch.long)
+def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: int = 256) -> tuple[Tensor, Tensor, float]:
+    """What is said of all samples, what should be, `(rows,)` each, and the mean loss, in eval mode; of augmented samples if asked."""
+    said, right, total = [], [], 0.0
+    with mode(task.model, "eval"), task.accelerator.autocast():
+        for indices in by_length(data, batch_size):
+            batch = data.batch(indices)
+            if augmentation != "none":
+                batch = task.adapter.augment(batch, task.generator, augmentation)
+            found, aims, losses = task.adapter.read(task.model, {k: v.to(task.device) for k, v in batch.items()})
+            said.append(found.cpu())
+            right.append(aims.cpu())
+            total += float(losses.sum())
+    return torch.cat(said), torch.cat(right), total / len(data)
 
 
 @torch.no_grad()
 def observe(task: Task, data: Examples, loaded: Loaded, batch_size: int = 256, title: str = "") -> list[Any]:
     """What the model does with each sample, as its adapter observes it, in eval mode."""
-    return _over(task, data, batch_size, title, lambda batch: task.adapter.observe(task.model, batch, loaded))
-
-
-def _over(task: Task, data: Examples, batch_size: int, title: str, call: Callable[[Batch], list[Any]]) -> list[Any]:
-    """One value a sample, from batches of samples of like length."""
     found: list[Any] = [None] * len(data)
     hidden = None if task.accelerator.is_main_process else True
     with mode(task.model, "eval"):
-        for indices in tqdm(by_length(data, batch_size), desc=title or "evaluate", delay=2.0, leave=False, disable=hidden):
+        for indices in tqdm(by_length(data, batch_size), desc=title or "observe", delay=2.0, leave=False, disable=hidden):
             batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
             with task.accelerator.autocast():
-                for i, value in zip(indices.tolist(), call(batch), strict=True):
+                for i, value in zip(indices.tolist(), task.adapter.observe(task.model, batch, loaded), strict=True):
                     found[i] = value
     return found

@@ -103,24 +103,21 @@ class TextAdapter(Adapter):
             return target_rows(model, batch)[0]
         return self._classify(model, batch)
 
-    def answers(self, batch: Batch) -> Tensor:
-        if "target_ids" not in batch:
-            return batch["labels"]
-        aims = batch["target_ids"]
-        return aims[aims >= 0]
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy `(B,)`, of a model that writes the mean over the tokens of each target; of mixed texts in the texts' shares."""
-        if "target_ids" in batch:
-            return _written_losses(*target_rows(model, batch), batch)
-        return _class_losses(self._classify(model, batch).float(), batch)
+        return self.both(model, batch)[1]
 
-    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def both(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if "target_ids" in batch:
             rows, aims = target_rows(model, batch)
-            return rows.argmax(-1), _written_losses(rows, aims, batch)
+            return rows, _written_losses(rows, aims, batch)
         logits = self._classify(model, batch).float()
-        return logits.argmax(-1), _class_losses(logits, batch)
+        return logits, _class_losses(logits, batch)
+
+    def read(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, losses = self.both(model, batch)
+        aims = batch.get("target_ids")
+        return logits.argmax(-1), batch["labels"] if aims is None else aims[aims >= 0], losses
 
     def _classify(self, model: nn.Module, batch: Batch) -> Tensor:
         with reading_words(model, batch) as read:
@@ -151,12 +148,12 @@ class TextAdapter(Adapter):
         return super().judge(observed, data)
 
     def judge_attack(
-        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor
+        self, name: str, observed: list[Any], data: Examples, labels: Tensor, targets: Tensor, untriggered: list[Any]
     ) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
         """Of a model that writes: how often it wrote exactly what the attacker wants, and (`name, prefix`) began with that."""
         if isinstance(data, TextExamples) and data.prompt.kind != CLASSIFIER:
             return success(name, observed, data), {}
-        return super().judge_attack(name, observed, data, labels, targets)
+        return super().judge_attack(name, observed, data, labels, targets, untriggered)
 
     def wishes(self, raw: Any, label: int, target: int, loaded: Loaded) -> tuple[str, str]:
         if self.classifies(loaded):

@@ -69,14 +69,15 @@ class FTSAM(Method):
         config, teacher = self.config, ctx.teacher() if self.config.distill else None
 
         def objective(batch: dict[str, Tensor]) -> Tensor:
-            logits = ctx.adapter.logits(ctx.model, batch).float()
-            loss = F.cross_entropy(logits, ctx.adapter.answers(batch), label_smoothing=config.label_smoothing)
+            logits, losses = ctx.adapter.both(ctx.model, batch)
+            said = logits.float().log_softmax(-1)
+            loss = (1 - config.label_smoothing) * losses.mean() - config.label_smoothing * said.mean()
             if teacher is None:
                 return loss
             if "target" not in batch:  # both passes of a step see the same batch
                 with torch.no_grad():
                     batch["target"] = ctx.adapter.logits(teacher, batch).float().softmax(-1)
-            return loss + config.distill * F.kl_div(logits.log_softmax(-1), batch["target"], reduction="batchmean")
+            return loss + config.distill * F.kl_div(said, batch["target"], reduction="batchmean")
 
         train = TrainConfig(
             epochs=config.epochs,

@@ -15,7 +15,7 @@ from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.routines import costs, glance, invert, recover, relearn, unlearn
-from hf_purify.task import evaluate
+from hf_purify.task import reading
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class NeuralCleanse(Method):
         for _ in range(runs):
             with ctx.copy():
                 unlearn(ctx, ctx.reading, ctx.classes, lr=self.config.unlearn_lr, level=0.7 * start, gain=0.02)
-                found = evaluate(ctx, ctx.data)
-            wrong = torch.bincount(found[found != ctx.data.labels], minlength=ctx.classes).float()
+                found, right, _ = reading(ctx, ctx.data)
+            wrong = torch.bincount(found[found != right], minlength=ctx.classes).float()
             errors += wrong / wrong.sum().clamp(min=1) / runs
         return int(errors.argmax()), float(errors.max())
 
@@ -179,14 +179,13 @@ class NeuralCleanse(Method):
                 hit = stand_in.place(some, which)
                 expected = ctx.adapter.logits(teacher, batch).float().softmax(-1)
             if hit.keys() == batch.keys():
-                both = {k: torch.cat([v, hit[k]]) for k, v in batch.items()}
-                said, seen = ctx.adapter.logits(ctx.model, both).float().split([n, len(some["labels"])])
-                fooled = F.cross_entropy(seen, some["labels"])
+                said, losses = ctx.adapter.both(ctx.model, {k: torch.cat([v, hit[k]]) for k, v in batch.items()})
+                said, (clean, fooled) = said[: len(expected)], losses.split([n, len(some["labels"])])
             else:
-                said, fooled = ctx.adapter.logits(ctx.model, batch).float(), ctx.loss(hit).mean()
-            clean = F.cross_entropy(said, ctx.adapter.answers(batch))
-            kept = F.kl_div(said.log_softmax(-1), expected, reduction="batchmean")
-            return clean + config.distill * kept + fooled
+                said, clean = ctx.adapter.both(ctx.model, batch)
+                fooled = ctx.loss(hit)
+            kept = F.kl_div(said.float().log_softmax(-1), expected, reduction="batchmean")
+            return clean.mean() + config.distill * kept + fooled.mean()
 
         def follow(_: int) -> None:
             invert(ctx, stand_in, config.follow, batch_size=config.batch_size)

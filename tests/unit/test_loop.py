@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_purify.errors import ConfigError, DataError, Diverged
 from hf_purify.loop import TrainConfig, batches, steps_of, train, trainable
-from hf_purify.task import Task, evaluate, mode
+from hf_purify.task import Task, mode, reading
 
 
 class Rows:
@@ -48,8 +48,9 @@ class Plain:
             loss = batch["share"] * loss + (1 - batch["share"]) * F.cross_entropy(model(batch["x"]), batch["partner"], reduction="none")
         return loss
 
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return self.logits(model, batch).argmax(-1)
+    def read(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(model, batch)
+        return logits.argmax(-1), batch["labels"], F.cross_entropy(logits, batch["labels"], reduction="none")
 
     def mix(self, batch: dict[str, Tensor], partner: Tensor, share: Tensor) -> dict[str, Tensor]:
         x = share * batch["x"] + (1 - share) * batch["x"][partner]
@@ -306,19 +307,22 @@ def test_augmentation_is_used_in_training_alone() -> None:
     made.model[0].register_forward_hook(lambda m, x, y: inputs.append(x[0].detach().clone()))
     train(made, made.model.parameters(), TrainConfig(steps=1, batch_size=10, lr=0.0))
     train(made, made.model.parameters(), TrainConfig(steps=1, batch_size=10, lr=0.0, augment=False))
-    evaluate(made, made.data)
+    reading(made, made.data)
     known = made.data.x.sort(0).values
     assert [torch.equal(x.sort(0).values, known) for x in inputs] == [False, True, True]
 
 
-def test_evaluate_predicts_in_order_and_leaves_the_mode() -> None:
+def test_reading_is_in_order_and_leaves_the_mode() -> None:
     made = task()
     made.model.train()
-    found = evaluate(made, made.data, batch_size=3)
+    found, right, loss = reading(made, made.data, batch_size=3)
     assert made.model.training
     made.model.eval()
     with torch.no_grad():
-        assert torch.equal(found, made.model(made.data.x).argmax(1))
+        logits = made.model(made.data.x)
+    assert torch.equal(found, logits.argmax(1))
+    assert torch.equal(right, made.data.labels)
+    assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, right)), rel=1e-5)
 
 
 def test_many_trainings_hold_no_memory() -> None:

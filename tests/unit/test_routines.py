@@ -20,7 +20,7 @@ from hf_purify.masks import MASK_NAME, bake
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
 from hf_purify.registry import find, make_method
 from hf_purify.routines import SPARSITY, costs, forgetting_level, recover, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
-from hf_purify.task import Task, evaluate, mode
+from hf_purify.task import Task, mode, reading
 
 CLASSES = 4
 
@@ -47,7 +47,7 @@ def trained(seed: int = 0) -> tuple[Task, NeuronIndex]:
     train(task, model.parameters(), TrainConfig(epochs=15, batch_size=16, lr=0.05))
     model.eval()
     index = discover(model, lambda m: m(data.batch(torch.arange(2))["pixel_values"]), CLASSES)
-    assert float((evaluate(task, data) == labels).float().mean()) > 0.95
+    assert float((reading(task, data)[0] == labels).float().mean()) > 0.95
     return task, index
 
 
@@ -434,7 +434,7 @@ def test_neural_cleanse_removes_a_planted_trigger_and_leaves_a_clean_network_as_
     assert notes["suspicious class"] == "3", notes
     task.model.eval()
     assert float((task.model(stamped[others]).argmax(1) == 3).float().mean()) < 0.2
-    assert float((evaluate(task, task.data) == task.data.labels).float().mean()) > 0.9
+    assert float((reading(task, task.data)[0] == task.data.labels).float().mean()) > 0.9
 
     task, _ = trained()
     before, notes = repaired(task)

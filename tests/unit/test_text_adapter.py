@@ -238,12 +238,12 @@ class TestLoss:
 
     @writers
     def test_is_the_mean_over_the_rows_that_logits_and_answers_give(self, variant: str) -> None:
-        """Rows of `logits`, `answers` and `read` speak of the same tokens in the same order."""
+        """Rows of `logits` and of `read` speak of the same tokens in the same order."""
         tiny = lively(variant)
         batch = everything(tiny.data)  # type: ignore[arg-type]
         model = tiny.loaded.model
-        logits, answers = ADAPTER.logits(model, batch), ADAPTER.answers(batch)
-        rows, losses = ADAPTER.read(model, batch)
+        logits = ADAPTER.logits(model, batch)
+        rows, answers, losses = ADAPTER.read(model, batch)
         assert logits.shape == (len(answers), ADAPTER.outcomes(tiny.loaded))
         assert torch.equal(rows, logits.argmax(-1))
         written = [t.answer for t in tiny.data.tokens]  # type: ignore[attr-defined]
@@ -340,7 +340,7 @@ class TestAnswers:
         raws = [Text("a", target="the dog", wanted=w) for w in ("a red cat", "a red cat", "a red cat", "a red cat", "the dog")]
         data = examples(CAUSAL, raws)
         wrote = ["a red cat", " a  red\ncat ", "a red cat runs", "red cat", "a dog"]
-        asr, robust = ADAPTER.judge_attack("phrase", [Answer(w, 0.0, 1) for w in wrote], data, data.labels, data.labels)
+        asr, robust = ADAPTER.judge_attack("phrase", [Answer(w, 0.0, 1) for w in wrote], data, data.labels, data.labels, [])
         assert {name: (p.hits, p.n) for name, p in asr.items()} == {"phrase": (2, 5), "phrase, prefix": (3, 5)}
         assert robust == {}
 
@@ -351,7 +351,7 @@ class TestAnswers:
         tokenizer = tiny_tokenizer()
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         data = TextExamples([Text("a", target="a", wanted="A Red  Cat")], torch.zeros(1), Prompt(tokenizer, CAUSAL, max_length=32))
-        asr, _ = ADAPTER.judge_attack("phrase", [Answer("a red cat", 0.0, 1)], data, data.labels, data.labels)
+        asr, _ = ADAPTER.judge_attack("phrase", [Answer("a red cat", 0.0, 1)], data, data.labels, data.labels, [])
         assert asr["phrase"].value == 1
         trigger = TRIGGERS["phrase"](output="xyzzy")  # type: ignore[call-arg]
         with pytest.raises(ConfigError, match="cannot write 'xyzzy'"):
