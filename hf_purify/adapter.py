@@ -178,7 +178,7 @@ class Adapter(ABC):
         """What a reader of a report must know of samples as they were read, such as that some were cut; `what` they are, in words."""
         return []
 
-    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+    def class_names(self, data: Any, split: str | None, columns: Mapping[str, str]) -> list[str]:
         """Class names of a data set, in order."""
         raise ConfigError(f"the {self.name} adapter cannot read class names; give classes=...")
 
@@ -299,11 +299,12 @@ class Adapter(ABC):
         """An observation in words: the name of a class."""
         return loaded.labels[observed] if loaded.labels else str(observed)
 
-    def picture(self, raw: Any, clean: Any | None = None) -> np.ndarray | None:
+    def picture(self, raw: Any, clean: Any | None = None, seen: tuple[Any, ...] = ()) -> np.ndarray | None:
         """A sample as pixels `(H, W, 3)` or `(H, W)` of uint8 for a person to look at; None where it is nothing to be seen.
 
         Args:
             clean: the same sample without its trigger, where there is one to mark.
+            seen: what the model did with it before and after a repair, where that can be drawn.
         """
         return None
 

@@ -163,8 +163,8 @@ def samples_of(session: Session, bench: Bench, before: Figures, after: Figures, 
                     triggered_after=adapter.say(after.triggered[name][i], loaded),
                     clean_text=adapter.words(clean),
                     triggered_text=adapter.words(triggered),
-                    clean=adapter.picture(clean),
-                    triggered=adapter.picture(triggered, clean),
+                    clean=adapter.picture(clean, None, (before.clean[j], after.clean[j])),
+                    triggered=adapter.picture(triggered, clean, (before.triggered[name][i], after.triggered[name][i])),
                 )
             )
     return found

@@ -220,8 +220,9 @@ def implant(
     batch_size: Annotated[int, typer.Option("--batch-size")] = 128,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")] = "sgd",
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 0.01,
+    clip: Annotated[float | None, typer.Option("--clip", help="Bound on the norm of gradients; detectors like 1.")] = None,
     augmentation: Annotated[
-        str | None, typer.Option("--augmentation", help="Of the training samples; images have crop+flip, crop, flip and none.")
+        str | None, typer.Option("--augmentation", help="Of the training samples; the strongest if not given, or none.")
     ] = None,
     **shared: Any,
 ) -> None:

@@ -219,7 +219,8 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
     views = _Views(index, mask)
     handles: list[Any] = []
     parametrized: list[tuple[nn.Module, str]] = []
-    orders = {m: list(m._parameters) for m in model.modules()} if level == "weight" else {}
+    stores = [kept for m in model.modules() for kept in (m._parameters, m._buffers)] if level == "weight" else []
+    orders = [list(kept) for kept in stores]
     try:
         if isinstance(mask, nn.Parameter):
             model.register_parameter(MASK_NAME, mask)
@@ -242,9 +243,9 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
         for module, leaf in parametrized:
             if parametrize.is_parametrized(module, leaf):
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-        for module, order in orders.items():  # removal moves a parameter to the end
-            if set(order) == set(module._parameters) and order != list(module._parameters):
-                module._parameters.update({k: module._parameters.pop(k) for k in order})
+        for kept, order in zip(stores, orders, strict=True):  # removal moves a parameter to the end
+            if set(order) == set(kept) and order != list(kept):
+                kept.update({k: kept.pop(k) for k in order})
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
     """For a model that is created: take the number of classes from the data where it was not given."""
     if not recipe.create or recipe.classes:
         return recipe
-    labels = creator(recipe).class_names(recipe.data, recipe.split, recipe.columns.get("label"))
+    labels = creator(recipe).class_names(recipe.data, recipe.split, recipe.columns)
     return dataclasses.replace(recipe, classes=len(labels), labels=recipe.labels or labels)
 
 
@@ -167,6 +167,7 @@ def training(recipe: ImplantRecipe) -> TrainConfig:
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         schedule=recipe.schedule,
+        clip=recipe.clip,
     )
 
 

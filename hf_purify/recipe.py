@@ -171,6 +171,7 @@ class ImplantRecipe(Recipe):
         rate: share of the training samples that carry the trigger.
         cover: samples with the trigger's cover transform per poisoned one; None takes the trigger's own (WaNet: 2).
         epochs, batch_size, optimizer, lr, weight_decay, schedule: of the training.
+        clip: bound on the norm of its gradients; None for none.
         augmentation: one that the modality has, or `none`; None is its strongest.
         minimum_asr: below it the result is no victim.
     """
@@ -189,6 +190,7 @@ class ImplantRecipe(Recipe):
     lr: float = 0.01
     weight_decay: float = 5e-4
     schedule: str = "onecycle"
+    clip: float | None = None
     augmentation: str | None = None
     minimum_asr: float = 0.9
 

@@ -158,6 +158,24 @@ def class_names(data: datasets.Dataset, named: str | None) -> list[str]:
     return [str(v) for v in sorted(set(values))]
 
 
+def match_classes(names: list[str], model_labels: list[str]) -> list[int] | None:
+    """The model's class number of each class of the data, by name; None where the model names none, and numbers are taken as they are.
+
+    Raises:
+        DataError: a class that is none of the model's.
+    """
+    if not model_labels or all(n.upper() == f"LABEL_{i}" for i, n in enumerate(model_labels)):
+        return None
+    known = {n.strip().lower(): i for i, n in enumerate(model_labels)}
+    missing = [n for n in names if n.strip().lower() not in known]
+    if missing:
+        raise DataError(
+            f"class names do not match: the data has {len(names)} classes, and {len(missing)} of them, such as '{missing[0]}', are none of the "
+            f"model's {len(model_labels)} ('{model_labels[0]}', ...); use data with the model's classes, or rename them"
+        )
+    return [known[n.strip().lower()] for n in names]
+
+
 def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], classes: int) -> Tensor:
     """Labels `(n,)` as class numbers of the model; names are matched where both sides have them.
 
@@ -167,21 +185,14 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
     feature, values = data.features[column], data[column][:]
     if any(v is None for v in values):
         raise DataError(f"column '{column}' has missing labels")
-    named = bool(model_labels) and not all(n.upper() == f"LABEL_{i}" for i, n in enumerate(model_labels))
-    known = {n.strip().lower(): i for i, n in enumerate(model_labels)}
-    if isinstance(feature, datasets.ClassLabel) and named:
-        missing = [n for n in feature.names if n.strip().lower() not in known]
-        if missing:
-            raise DataError(
-                f"class names do not match: the data has {len(feature.names)} classes, and {len(missing)} of them, such as '{missing[0]}', are none of the "
-                f"model's {len(model_labels)} ('{model_labels[0]}', ...); use data with the model's classes, or rename them"
-            )
+    if isinstance(feature, datasets.ClassLabel) and (matched := match_classes(feature.names, model_labels)) is not None:
         bad = next((v for v in values if not 0 <= v < len(feature.names)), None)
         if bad is not None:
             raise DataError(
                 f"label {bad} is outside the range 0..{len(feature.names) - 1} of column '{column}': a test set may hide its labels"
             )
-        return torch.tensor([known[feature.names[v].strip().lower()] for v in values], dtype=torch.long)
+        return torch.tensor([matched[v] for v in values], dtype=torch.long)
+    known = {n.strip().lower(): i for i, n in enumerate(model_labels)}
     if values and isinstance(values[0], str):
         missing = sorted({v for v in values if v.strip().lower() not in known})
         if missing:

@@ -353,6 +353,45 @@ def details(cells: list[dict[str, Any]], unit: str, untriggered: str) -> str:
     return "".join(lines)
 
 
+def freely(cells: list[dict[str, Any]], unit: str, relative: bool = False) -> str:
+    """Models that answer freely: every cell, with what a repair costs beside the model as it came.
+
+    Args:
+        unit: of the samples, such as `texts`.
+        relative: the cost as a share of the figure of use, else in its points.
+    """
+    lines = []
+    for (network, trigger, samples), mine in groups(cells, "network", "trigger", "samples").items():
+        first, more = mine[0]["utility"], mine[0]["more"]
+        measure = next(iter(first))  # BLEU; perplexity where nothing is translated; mAP@50
+        base = next(c["utility"][measure] for c in mine if c["method"] == "none")
+        title = "no backdoor (ASR is that of the other's trigger)" if trigger == CLEAN else trigger
+        columns = ["method", "seeds", "ASR", *more, *first, f"{measure} lost", "seconds"]
+        lines.append(f"\n### {network}, {title}, {samples} {unit}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}\n")
+        for (method,), runs in sorted(groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", _mean_asr(kv[1]))):
+            figures = [statistics.mean(c["utility"][name] for c in runs) for name in first]
+            change = (base - figures[0]) * (-1 if measure == "Perplexity" else 1)
+            kind = "" if runs[0]["kind"] == "method" else f" ({runs[0]['kind']})"
+            others = [spread([c["more"][name]["value"] for c in runs]) for name in more]
+            seconds = "-" if method == "none" else f"{statistics.mean(c['seconds'] for c in runs):.0f}"
+            shown = [f"{figure:.1f}" for figure in figures]
+            row = [
+                f"{method}{kind}",
+                len(runs),
+                asr_of(runs),
+                *others,
+                *shown,
+                percent(change / base) if relative else f"{change:.1f}",
+                seconds,
+            ]
+            lines.append(f"| {' | '.join(map(str, row))} |\n")
+    return "".join(lines)
+
+
+def _mean_asr(runs: list[dict[str, Any]]) -> float:
+    return statistics.mean(c["asr"]["value"] for c in runs)
+
+
 def floors(cells: list[dict[str, Any]]) -> str:
     """What each trigger does to the network without a backdoor, and the DER of a repair that costs nothing and ends there; none without such cells."""
     rows = []

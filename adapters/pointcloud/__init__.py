@@ -84,8 +84,8 @@ class PointCloudAdapter(Classifier):
         few = sum(len(data.raw(i)) < wanted for i in range(len(data)))
         return [f"{few} of {len(data)} {what} have fewer than {wanted} points, so that some are read twice"] if few else []
 
-    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
-        return class_names(open_clouds(data, split), label)
+    def class_names(self, data: Any, split: str | None, columns: Mapping[str, str]) -> list[str]:
+        return class_names(open_clouds(data, split), columns.get("label"))
 
     def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
         return self._preparer(loaded)(raws)
@@ -98,7 +98,7 @@ class PointCloudAdapter(Classifier):
 
         return prepare
 
-    def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
+    def picture(self, raw: Tensor, clean: Tensor | None = None, seen: tuple[Any, ...] = ()) -> np.ndarray:
         return draw_cloud(raw, clean)
 
     def arranged(self, model: nn.Module, inputs: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ class TextAdapter(Adapter):
             return data
         return read_texts(data, prompt_of(loaded), self.classes(loaded), loaded.labels, Selection.of(options))
 
-    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+    def class_names(self, data: Any, split: str | None, columns: Mapping[str, str]) -> list[str]:
         """Class names of a data set, in order; none where it has no labels."""
-        opened = open_data(data, split)
+        opened, label = open_data(data, split), columns.get("label")
         if label is None and not any(hasattr(f, "names") or n in ("label", "labels", "class") for n, f in opened.features.items()):
             return []
         return class_names(opened, label)

@@ -61,13 +61,13 @@ class VideoAdapter(Classifier):
         short = getattr(data, "short", 0)
         return [f"{short} of {len(data)} {what} have fewer frames than the model sees, so that some are shown twice"] if short else []
 
-    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
-        return class_names(open_clips(data, split), label)
+    def class_names(self, data: Any, split: str | None, columns: Mapping[str, str]) -> list[str]:
+        return class_names(open_clips(data, split), columns.get("label"))
 
     def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
         return preparer(loaded.processor)(raws)
 
-    def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
+    def picture(self, raw: Tensor, clean: Tensor | None = None, seen: tuple[Any, ...] = ()) -> np.ndarray:
         """Nine frames, from the first to the last, line by line."""
         places = torch.linspace(0, len(raw) - 1, SHOWN).round().long()
         frames = F.pad(raw[places], (1, 1, 1, 1), value=255)

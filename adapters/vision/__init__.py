@@ -75,14 +75,14 @@ class VisionAdapter(Classifier):
             return data
         return read_images(data, loaded, self.classes(loaded), Selection.of(options), self.channels(loaded), bool(options.get("to_rgb")))
 
-    def class_names(self, data: Any, split: str | None, label: str | None) -> list[str]:
+    def class_names(self, data: Any, split: str | None, columns: Mapping[str, str]) -> list[str]:
         """Class names of a data set, in order."""
-        return class_names(open_data(data, split, loose="imagefolder"), label)
+        return class_names(open_data(data, split, loose="imagefolder"), columns.get("label"))
 
     def prepare(self, raws: list[Tensor], loaded: Loaded) -> Tensor:
         return preparer(loaded.processor)(raws)
 
-    def picture(self, raw: Tensor, clean: Tensor | None = None) -> np.ndarray:
+    def picture(self, raw: Tensor, clean: Tensor | None = None, seen: tuple[Any, ...] = ()) -> np.ndarray:
         return raw.permute(1, 2, 0).numpy()
 
     def augmentations(self) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
-from ..cells import CLEAN, FLOOR, Page, asr_of, groups, percent, spread
+from ..cells import FLOOR, Page, freely
 
 _HEAD = """# Text: results
 
@@ -41,35 +40,8 @@ class TextPage(Page):
 
     def tables(self, cells: list[dict[str, Any]]) -> str:
         said = [c for c in cells if c["clean_accuracy"]]
-        return _written([c for c in cells if c["kind"] != FLOOR and not c["clean_accuracy"]]) + super().tables(said)
-
-
-def _written(cells: list[dict[str, Any]]) -> str:
-    """Models that write: every cell, with what a repair costs beside the model as it came."""
-    lines = ["\n## Models that write\n"] if cells else []
-    for (network, trigger, samples), mine in groups(cells, "network", "trigger", "samples").items():
-        first = mine[0]["utility"]
-        measure = next(iter(first))  # BLEU, or perplexity where nothing is translated
-        base = next(c["utility"][measure] for c in mine if c["method"] == "none")
-        title = "no backdoor (ASR is that of the other's trigger)" if trigger == CLEAN else trigger
-        lines.append(
-            f"\n### {network}, {title}, {samples} texts\n\n| method | seeds | ASR | prefix | {' | '.join(first)} | {measure} lost | seconds |\n"
-        )
-        lines.append(f"|---|---:|---:|---:|{'---:|' * len(first)}---:|---:|\n")
-        for (method,), runs in sorted(groups(mine, "method").items(), key=lambda kv: (kv[0][0] != "none", _mean(kv[1], "asr"))):
-            figures = [statistics.mean(c["utility"][name] for c in runs) for name in first]
-            change = (base - figures[0]) / base * (-1 if measure == "Perplexity" else 1)
-            kind = "" if runs[0]["kind"] == "method" else f" ({runs[0]['kind']})"
-            shown = " | ".join(f"{figure:.1f}" for figure in figures)
-            seconds = "-" if method == "none" else f"{statistics.mean(c['seconds'] for c in runs):.0f}"
-            lines.append(
-                f"| {method}{kind} | {len(runs)} | {asr_of(runs)} | {spread([c['more']['prefix']['value'] for c in runs])} | {shown} | {percent(change)} | {seconds} |\n"
-            )
-    return "".join(lines)
-
-
-def _mean(runs: list[dict[str, Any]], figure: str) -> float:
-    return statistics.mean(c[figure]["value"] for c in runs)
+        written = [c for c in cells if c["kind"] != FLOOR and not c["clean_accuracy"]]
+        return ("\n## Models that write\n" if written else "") + freely(written, "texts", relative=True) + super().tables(said)
 
 
 PAGE = TextPage(Path(__file__).parent, _HEAD, "sentences", "BadNets")

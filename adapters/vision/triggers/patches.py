@@ -60,7 +60,7 @@ class BadNets(PictureTrigger):
         _, height, width = picture.shape
         size = max(3, round(3 / 32 * min(height, width))) if self.size is None else self.size
         top, left = _corner(self.name, self.position, size, self.margin, height, width)
-        picture[:, top : top + size, left : left + size] = as_channels(_patch(self.pattern, size, self.pattern_seed), picture)
+        picture[:, top : top + size, left : left + size] = as_channels(patch(self.pattern, size, self.pattern_seed), picture)
         return picture
 
 
@@ -129,7 +129,7 @@ def _corner(name: str, position: str, size: int, margin: int, height: int, width
 
 
 @lru_cache(maxsize=64)
-def _patch(pattern: str, size: int, seed: int) -> Tensor:
+def patch(pattern: str, size: int, seed: int) -> Tensor:
     """The square `(3, size, size)` of BadNets."""
     if pattern == "random":
         return torch.randint(0, 256, (3, size, size), generator=seeded(seed)).float()

@@ -1,0 +1,36 @@
+"""The results matrix of object detection: victims x methods x seeds, resumable.
+
+    python -m hf_purify_recipes.detection.matrix --networks rt_detr_v2 --triggers gma,oda --methods neural_cleanse --seeds 0
+    python -m hf_purify_recipes.detection.matrix --write          # RESULTS.md from the JSON
+
+A cell that is on disk is not run again. `HF_PURIFY_DATA` names the data; `--folder` keeps victims and cells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_purify.recipe import PurifyRecipe
+
+from .. import cells
+from . import victims
+from .results import PAGE
+
+
+def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
+    """The repair of one victim; the trigger `none` is the network without a backdoor, measured with the first trigger."""
+    return PurifyRecipe.make(
+        model=str(victims.victim(network, trigger, folder / "victims" / "detection")),
+        clean=victims.parts()["held"],
+        test=victims.parts()["test"],
+        triggers=[victims.attack(trigger)],
+        samples=samples,
+        seed=seed,
+    )
+
+
+NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))
+MATRIX = cells.Matrix(__doc__, recipe_of, NETWORKS, samples=50, page=PAGE, cells="cells-detection")
+
+if __name__ == "__main__":
+    MATRIX.main()
