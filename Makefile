@@ -38,7 +38,7 @@ $(BIN)/python:
 	    echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[dev,text,video,pointcloud]'
+	$(PIP) install -c constraints.txt -e '.[dev,detection,text,video,pointcloud]'
 	@touch $@
 
 demo: $(READY) ## Implant a backdoor into a small classifier, repair it with every method, show the result

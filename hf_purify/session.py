@@ -179,7 +179,8 @@ def check_settings(recipe: Recipe, adapter: Adapter) -> None:
     owners = {n: find("adapter", n).settings for n in names("adapter")}
     for name in dict.fromkeys(s for settings in owners.values() for s in settings):
         if getattr(recipe, name, None) not in (None, False) and name not in adapter.settings:
-            theirs = " and ".join(n for n, settings in owners.items() if name in settings)
+            *first, last = [n for n, settings in owners.items() if name in settings]
+            theirs = f"{', '.join(first)} and {last}" if first else last
             raise ConfigError(f"the setting '{name}' is for models of {theirs}; this is one of {adapter.name}")
 
 
