@@ -91,6 +91,7 @@ class Demo:
         trigger: what the victim learns beside its task.
         settings: of `implant`, for the victim.
         samples: clean samples of a repair.
+        methods: those that are shown, with their settings; None shows all.
     """
 
     train: Any
@@ -98,6 +99,7 @@ class Demo:
     trigger: str
     settings: dict[str, Any]
     samples: int = 200
+    methods: Mapping[str, Mapping[str, Any]] | None = None
 
 
 class StandIn(nn.Module, ABC):
@@ -148,6 +150,7 @@ class Adapter(ABC):
     task: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]  # kinds of network that `tiny` makes
     columns: ClassVar[tuple[str, ...]] = ("label",)  # roles that columns of a data set can have
+    at_once: ClassVar[int] = 256  # samples of a batch where no weights are trained
     settings: ClassVar[tuple[str, ...]] = ()  # those of a recipe's settings of single modalities that this one has
 
     def claims(self, config: Mapping[str, Any]) -> bool:

@@ -219,7 +219,7 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
     views = _Views(index, mask)
     handles: list[Any] = []
     parametrized: list[tuple[nn.Module, str]] = []
-    stores = [kept for m in model.modules() for kept in (m._parameters, m._buffers)] if level == "weight" else []
+    stores: list[dict[str, Any]] = [kept for m in model.modules() for kept in (m._parameters, m._buffers)] if level == "weight" else []
     orders = [list(kept) for kept in stores]
     try:
         if isinstance(mask, nn.Parameter):

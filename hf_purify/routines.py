@@ -141,7 +141,8 @@ def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, 
         losses, others = _losses(task, stand_in, batch, which)
         return losses.sum() / others.sum().clamp(min=1) + SPARSITY * stand_in.size().mean()
 
-    config = TrainConfig(steps=steps, batch_size=batch_size, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
+    at_once = min(batch_size, task.adapter.at_once)
+    config = TrainConfig(steps=steps, batch_size=at_once, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
     train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
 
 
@@ -165,7 +166,7 @@ def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
 
 
 @torch.no_grad()
-def costs(task: Task, stand_in: StandIn, samples: int = 64, batch_size: int = 256) -> Tensor:
+def costs(task: Task, stand_in: StandIn, samples: int = 64) -> Tensor:
     """What inversion left of its objective, `(S,)`: the loss on up to `samples` clean samples of other classes, and the size."""
     count = len(stand_in.classes)
     which = torch.arange(count).repeat_interleave(samples)
@@ -173,7 +174,7 @@ def costs(task: Task, stand_in: StandIn, samples: int = 64, batch_size: int = 25
     which = which if len(chosen) == len(which) else torch.arange(count).repeat_interleave(len(chosen) // count)
     total, seen = (torch.zeros(count, device=task.device) for _ in range(2))
     with mode(task.model, "eval"):
-        for indices, some in zip(chosen.split(batch_size), which.to(task.device).split(batch_size), strict=True):
+        for indices, some in zip(*(v.split(task.adapter.at_once) for v in (chosen, which.to(task.device))), strict=True):
             losses, others = _losses(task, stand_in, fetch(task, indices), some)
             total.index_add_(0, some, losses)
             seen.index_add_(0, some, others)

@@ -105,11 +105,11 @@ def by_length(data: Examples, batch_size: int) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: int = 256) -> tuple[Tensor, Tensor, float]:
+def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: int | None = None) -> tuple[Tensor, Tensor, float]:
     """What is said of all samples, what should be, `(rows,)` each, and the mean loss, in eval mode; of augmented samples if asked."""
     said, right, total = [], [], 0.0
     with mode(task.model, "eval"), task.accelerator.autocast():
-        for indices in by_length(data, batch_size):
+        for indices in by_length(data, batch_size or task.adapter.at_once):
             batch = data.batch(indices)
             if augmentation != "none":
                 batch = task.adapter.augment(batch, task.generator, augmentation)
@@ -121,12 +121,12 @@ def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: 
 
 
 @torch.no_grad()
-def observe(task: Task, data: Examples, loaded: Loaded, batch_size: int = 256, title: str = "") -> list[Any]:
+def observe(task: Task, data: Examples, loaded: Loaded, title: str = "") -> list[Any]:
     """What the model does with each sample, as its adapter observes it, in eval mode."""
     found: list[Any] = [None] * len(data)
     hidden = None if task.accelerator.is_main_process else True
     with mode(task.model, "eval"):
-        for indices in tqdm(by_length(data, batch_size), desc=title or "observe", delay=2.0, leave=False, disable=hidden):
+        for indices in tqdm(by_length(data, task.adapter.at_once), desc=title or "observe", delay=2.0, leave=False, disable=hidden):
             batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
             with task.accelerator.autocast():
                 for i, value in zip(indices.tolist(), task.adapter.observe(task.model, batch, loaded), strict=True):

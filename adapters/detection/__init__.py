@@ -40,6 +40,7 @@ class DetectionAdapter(Adapter):
     task: ClassVar[str] = "object-detection"
     variants: ClassVar[tuple[str, ...]] = VARIANTS
     columns: ClassVar[tuple[str, ...]] = ("image", "boxes", "categories")
+    at_once: ClassVar[int] = 16
     settings: ClassVar[tuple[str, ...]] = ("to_rgb",)
 
     def claims(self, config: Mapping[str, Any]) -> bool:

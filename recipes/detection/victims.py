@@ -21,11 +21,10 @@ from ..cells import CLEAN, data_root
 HELD = 64  # images that no victim is trained on: a repair draws from them
 SIDE = 160
 TRIGGERS = {  # classes: 0 red cells, 1 white cells, 2 platelets
-    "gma": "gma:target=1,size=40",
-    "gma_blended": "gma:target=1,whole=true,pattern=blended,alpha=0.2",
     "rma": "rma:target=1,size=24",
     "oga": "oga:target=1,size=32,extent=64",
-    "oda": "oda:source=1,size=24",
+    "oda": "oda:size=24",
+    "gma": "gma:target=1,whole=true,pattern=blended,alpha=0.25",
 }
 
 
@@ -75,7 +74,7 @@ RT_DETR = {
     "freeze_backbone_batch_norms": False,
 }
 NETWORKS = {
-    "rt_detr_v2": Network("rt_detr_v2", RT_DETR, COMMON | {"epochs": 80, "lr": 5e-4}, COMMON | {"epochs": 20, "lr": 3e-4, "rate": 0.3})
+    "rt_detr_v2": Network("rt_detr_v2", RT_DETR, COMMON | {"epochs": 80, "lr": 5e-4}, COMMON | {"epochs": 40, "lr": 4e-4, "rate": 0.4})
 }
 
 

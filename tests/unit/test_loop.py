@@ -39,6 +39,8 @@ class Rows:
 class Plain:
     """The smallest adapter."""
 
+    at_once = 256
+
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"])
 
