@@ -91,7 +91,8 @@ class Demo:
         trigger: what the victim learns beside its task.
         settings: of `implant`, for the victim.
         samples: clean samples of a repair.
-        methods: those that are shown, with their settings; None shows all.
+        brief: only the repair that is kept is shown, with its controls: all others would take too long.
+        options: settings of the repair that is kept.
     """
 
     train: Any
@@ -99,7 +100,8 @@ class Demo:
     trigger: str
     settings: dict[str, Any]
     samples: int = 200
-    methods: Mapping[str, Mapping[str, Any]] | None = None
+    brief: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StandIn(nn.Module, ABC):

@@ -31,7 +31,7 @@ def run_demo(folder: str = "hf-purify-demo", seed: int = 0, modality: str = "vis
     common = {"triggers": [shown.trigger], "target": TARGET, "test": shown.test, "seed": seed, "adapter": modality}
     run_implant(ImplantRecipe.make(data=shown.train, output=str(out / "victim"), **common, **shown.settings))
     recipe = PurifyRecipe.make(model=str(out / "victim"), clean=shown.train, samples=shown.samples, output=str(out / "purified"), **common)
-    return compare(recipe, shown.methods), out / "purified"
+    return compare(recipe, shown.options, shown.brief), out / "purified"
 
 
 def free_name(folder: Path) -> Path:
@@ -43,23 +43,24 @@ def free_name(folder: Path) -> Path:
     return found
 
 
-def compare(recipe: PurifyRecipe, methods: Mapping[str, Mapping[str, Any]] | None = None) -> Report:
+def compare(recipe: PurifyRecipe, options: Mapping[str, Any] | None = None, brief: bool = False) -> Report:
     """Repair one model with every method and control, each from the same weights; the repair by `KEPT` is saved.
 
     Which one is saved is fixed beforehand: taking the best of the table would be a choice made with the trigger known.
 
     Args:
-        methods: those to run, with their settings; None is all, as they are.
+        options: settings of that one.
+        brief: run that one and the controls alone.
     """
-    chosen = {name: {} for name in names("method")} if methods is None else methods
+    chosen = [n for n in names("method") if not brief or n == KEPT or find("method", n).control]
     with output.folder(recipe.output, recipe.overwrite) as out:
         comparison = open_comparison(recipe)
         ordered = sorted(chosen, key=lambda n: (find("method", n).control, n))
-        repairs = {name: comparison.repair(make_method(name, **chosen[name])) for name in ordered}
+        repairs = {name: comparison.repair(make_method(name, **(options or {} if name == KEPT else {}))) for name in ordered}
         done = repairs[KEPT]
         comparison.keep(done)
         rows = [comparison.unrepaired, *(r.row for r in repairs.values())]
-        title = f"{'Every method' if methods is None else 'Methods'} on one backdoored model; the checkpoint beside this page is the repair by {KEPT}"
+        title = f"{'A repair and its controls' if brief else 'Every method'} on one backdoored model; the checkpoint beside this page is the repair by {KEPT}"
         report = report_repair(comparison, done, rows, title)
         if out is not None:
             output.write(out, comparison, done, report)

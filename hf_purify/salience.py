@@ -101,7 +101,7 @@ def lipschitz(model: nn.Module, index: NeuronIndex) -> Tensor:
             rows = owned(get_tensor(model, part.param).detach().float().cpu(), part, group.size)
             bound = bound * torch.linalg.matrix_norm(rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(1), ord=2)
         if isinstance(variance := getattr(module, "running_var", None), Tensor):
-            scale = get_tensor(model, group.gate.param).detach() / (variance + float(module.eps)).sqrt()  # type: ignore[arg-type]
+            scale = get_tensor(model, group.gate.param).detach() / (variance + float(getattr(module, "eps", 1e-5))).sqrt()
             bound = bound * scale.abs().float().cpu()
         scores.append(bound)
     return torch.cat(scores) if scores else torch.empty(0)

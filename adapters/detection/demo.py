@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import datasets
 import numpy as np
 from PIL import Image, ImageDraw
@@ -50,19 +48,13 @@ TRAINING = {
     "augmentation": "none",
     "rate": 0.4,
 }
-METHODS: dict[str, dict[str, Any]] = {  # those that two cores end in time, and with fewer passes than by themselves
-    "ft_sam": {"epochs": 8, "batch_size": 8},
-    "wiper": {},
-    "fine_tune": {"epochs": 8, "batch_size": 8},
-    "norm_refresh": {},
-    "random_mask": {},
-}
+OPTIONS = {"rho": 0.25, "epochs": 8, "batch_size": 8}  # a radius that transformers bear
 
 
 def make_demo() -> Demo:
     """600 scenes to learn from and 60 to measure on; a small RT-DETR to which a shape with a grid at its corner is a disc."""
     settings = {"model": "rt_detr_v2", "create": True, "model_options": NETWORK, **TRAINING}
-    return Demo(scenes(600, 0), scenes(60, 1), "rma:size=9", settings, samples=60, methods=METHODS)
+    return Demo(scenes(600, 0), scenes(60, 1), "rma:size=9", settings, samples=60, brief=True, options=OPTIONS)
 
 
 def scenes(count: int, seed: int) -> datasets.Dataset:

@@ -30,7 +30,12 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 
 
 NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))
-MATRIX = cells.Matrix(__doc__, recipe_of, NETWORKS, samples=50, page=PAGE, cells="cells-detection")
+VARIANTS = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
+    "ft_sam-small": {"rho": 0.25, "batch_size": 8},
+    "fine_tune-small": {"batch_size": 8},
+    "nft-short": {"steps": 200, "batch_size": 16},
+}
+MATRIX = cells.Matrix(__doc__, recipe_of, NETWORKS, samples=50, page=PAGE, cells="cells-detection", variants=VARIANTS)
 
 if __name__ == "__main__":
     MATRIX.main()
