@@ -256,6 +256,39 @@ def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:
         measure(str(tmp_path), scenes(2, 0), adapter="detection", device="cpu")
 
 
+SMALL = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 6,
+}
+TIMM = {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "use_pretrained_backbone": False, "out_indices": [1, 2]}}
+YOLOS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "patch_size": 8,
+    "num_detection_tokens": 6,
+}
+NETWORKS = {"detr": SMALL | TIMM, "conditional_detr": SMALL | TIMM, "yolos": YOLOS}
+
+
+@pytest.mark.parametrize("architecture", NETWORKS)
+def test_new_networks_are_fed_repaired_and_loaded_again(architecture: str, tmp_path: Path) -> None:
+    """Among them those with a backbone of timm: its channels are neurons."""
+    loaded = new_model(architecture, len(KINDS), list(KINDS), image_size=[48, 64], **NETWORKS[architecture])
+    assert loaded.saver is not None
+    loaded.saver(loaded.model, tmp_path / "model")
+    settings = {"method": "random_mask", "samples": 6, "test": scenes(4, 1), "device": "cpu", "controls": False}
+    report = purify(str(tmp_path / "model"), scenes(6, 0), output=str(tmp_path / "out"), **settings)
+    assert any("backbone.model.layer1.0.bn1" in layer.name for layer in report.layers) == (architecture != "yolos")
+    found = measure(str(tmp_path / "out"), scenes(4, 1), device="cpu").rows[0]
+    assert found.utility == pytest.approx(report.rows[1].utility, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
