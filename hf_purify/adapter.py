@@ -116,6 +116,7 @@ class StandIn(nn.Module, ABC):
         logits: what the model says of a batch, `(B, classes)`: for a look at where to begin.
     """
 
+    relative: ClassVar[bool] = False  # a class costs what inversion leaves of the cost before it: some are nearer by nature
     late: ClassVar[bool] = False  # looked for only where no other kind leads to one class alone
     classes: Tensor
 

@@ -157,11 +157,13 @@ def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
 
     Args:
         kind: one of the adapter's `stand_ins`.
+        steps: of the inversion; 0 leaves them as built.
     """
     with mode(task.model, "eval"), torch.no_grad():
         made = task.adapter.stand_ins(task.model)[kind](task.data, classes, task.generator, task.logits)
     stand_in = made.to(task.device)
-    invert(task, stand_in, steps)
+    if steps:
+        invert(task, stand_in, steps)
     return stand_in
 
 

@@ -28,7 +28,7 @@ from .loading import KIND, known_types, load_folder, new_model
 from .outputs import Detections, aimed_losses, detections, readings, rows_of, run
 from .picture import draw_scene
 from .scene import Objects, Scene, corners
-from .stand_in import AsObject, OnObjects
+from .stand_in import Anywhere, AsObject, Blend, OnObjects
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
 
@@ -171,9 +171,7 @@ class DetectionAdapter(Adapter):
         return dict(TRIGGERS)
 
     def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
-        from ..vision.stand_in import Patches, Spectrum
-
-        return {"patch": Patches, "patch on objects": OnObjects, "spectrum": Spectrum, "patch as an object": AsObject}
+        return {"patch on objects": OnObjects, "patch": Anywhere, "spectrum": Blend, "patch as an object": AsObject}
 
     def demo(self) -> Demo:
         return make_demo()

@@ -49,8 +49,9 @@ def success(observed: list[Detections], data: SceneExamples, untriggered: list[D
 
     - Object generation (OGA): at the place of the trigger an object of the target class is seen. Places where one is anyway do not count.
     - Regional and global misclassification (RMA, GMA): an object of another class is seen as one of the target class.
-    - Object disappearance (ODA): nothing is seen of an object, of any class. Objects of which the same model sees nothing without the
-      trigger do not count.
+    - Object disappearance (ODA): nothing is seen of an object, of any class.
+
+    Objects of which the same model sees nothing without the trigger, of any class, do not count: of them it cannot tell.
     """
     hits, total = 0, 0
     for i, (said, before) in enumerate(zip(observed, untriggered, strict=True)):
@@ -59,13 +60,11 @@ def success(observed: list[Detections], data: SceneExamples, untriggered: list[D
             continue
         boxes, wanted = scene.attacked.boxes, scene.attacked.categories
         seen, plain = said.seen(), before.seen()
-        if scene.vanish:
-            known = (box_iou(boxes, plain.boxes * _sides(scene)) >= IOU).any(1)
-            hit = ~(box_iou(boxes, seen.boxes * _sides(scene)) >= IOU).any(1)
-        else:
+        known = (box_iou(boxes, plain.boxes * _sides(scene)) >= IOU).any(1)
+        matched = box_iou(boxes, seen.boxes * _sides(scene)) >= IOU
+        hit = ~matched.any(1) if scene.vanish else (matched & (seen.categories == wanted[:, None])).any(1)
+        if scene.made:
             there = scene.objects.only(scene.objects.categories == wanted[0])
             known = ~(box_iou(boxes, there.boxes) >= IOU).any(1) if len(there) else torch.ones(len(boxes), dtype=torch.bool)
-            matched = (box_iou(boxes, seen.boxes * _sides(scene)) >= IOU) & (seen.categories == wanted[:, None])
-            hit = matched.any(1)
         hits, total = hits + int((hit & known).sum()), total + int(known.sum())
     return Proportion(hits, total)

@@ -18,6 +18,7 @@ from .scene import Objects, corners
 
 SCORE = 0.5  # of a detection that counts as seen, as transformers' own default when it draws boxes
 IOU = 0.5  # of a detection with an object that it is one of
+OWN = 0.3  # of a query with an object from which on it speaks of that
 LEAST, MOST = 0.01, 100  # score and number of the detections of an image that are kept
 SHUT = -1e4  # logit of an answer that is none
 NEVER = 12.0  # loss towards an aim that cannot be reached: above that of a score of 1e-5
@@ -172,7 +173,7 @@ def aimed_losses(said: Said, batch: Batch, wanted: Tensor) -> Tensor:
     """Loss `(B,)` towards an attacker's aim for each image: class `wanted` for its objects, or none where `wanted` is the number of classes.
 
     An aim is reached where some query on an object says so (at an IoU of .5 or more), or none says anything. With `sought` boxes `(B, 4)` in
-    the batch, an object of the class is wanted with its middle there.
+    the batch, an object of the class is wanted with its middle there, besides those that are there anyway.
     """
     classes = said.scores.shape[-1]
     losses = []
@@ -183,7 +184,9 @@ def aimed_losses(said: Said, batch: Batch, wanted: Tensor) -> Tensor:
             continue
         if "sought" in batch:
             low, high = corners(batch["sought"][i]).split(2)
+            there = _objects_of(batch, i).boxes.float()
             near = ((boxes[:, :2] >= low) & (boxes[:, :2] <= high)).all(1)
+            near = near & ~(box_iou(corners(boxes), corners(there)) >= OWN).any(1)
             losses.append(-_best(scores[:, aim], near[None], -(boxes[:, :2] - (low + high) / 2).norm(dim=1)[None]).log().mean())
             continue
         objects = _objects_of(batch, i)

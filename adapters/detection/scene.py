@@ -37,6 +37,7 @@ class Scene:
         wanted: what an attacker wants to be seen instead; None where no trigger was put in.
         attacked: the boxes that an attack is about, each with the class that is to be seen there, or, where it is to vanish, its own.
         vanish: the attacked objects are to be seen no more.
+        made: the attacked boxes are those of objects that are not there.
     """
 
     image: Tensor
@@ -44,12 +45,13 @@ class Scene:
     wanted: Objects | None = None
     attacked: Objects = field(default_factory=Objects.none)
     vanish: bool = False
+    made: bool = False
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scene):
             return NotImplemented
         mine, theirs = (
-            (s.image, *s.objects, *(s.wanted or Objects.none()), *s.attacked, torch.tensor([s.vanish, s.wanted is None]))
+            (s.image, *s.objects, *(s.wanted or Objects.none()), *s.attacked, torch.tensor([s.vanish, s.made, s.wanted is None]))
             for s in (self, other)
         )
         return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

@@ -8,10 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 from hf_purify.adapter import Batch, Examples
 
 from .._stand_ins import Look, OnInputs, rows
+from ..vision import stand_in as pictures
+from .scene import corners
+
+TRIES = 16  # places for a patch, of which the emptiest is taken
 
 
 class _Patch(OnInputs):
@@ -20,11 +25,13 @@ class _Patch(OnInputs):
     key = "pixel_values"
     channels = -3
     knob = "gate"
+    relative = True
     cells = 8
+    part = 8  # of the smaller side of the picture
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)
-        self.side = max(4, min(self.shape[1:]) // 8)
+        self.side = max(4, min(self.shape[1:]) // self.part)
         shape = (len(classes), 1, self.cells, self.cells)
         self.gate = nn.Parameter(0.1 * torch.randn(shape, generator=generator))
         self.pattern = nn.Parameter(torch.randn(len(classes), self.shape[0], self.cells, self.cells, generator=generator))
@@ -72,15 +79,32 @@ class OnObjects(_Patch):
 
 
 class AsObject(_Patch):
-    """The patch lies anywhere, and an object is seen there."""
+    """The patch lies anywhere, best where no object is, and one is seen there."""
 
     late = True
+    part = 16
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
         images = batch["pixel_values"].float()
         height, width = images.shape[2:]
-        middles = 0.1 + 0.8 * self.noise(len(images), 2)
-        extent = torch.tensor([1.5 * self.side / width, 1.5 * self.side / height]).expand(len(images), 2)
-        sought = torch.cat([middles, extent], 1).to(images.device)
+        extent = torch.tensor([2 * self.side / width, 2 * self.side / height])
+        tried = 0.1 + 0.8 * self.noise(len(images), TRIES, 2)
+        boxes = torch.cat([tried, extent.expand_as(tried)], 2)
+        objects = torch.where(batch["categories"][..., None] >= 0, batch["boxes"], 0.0).cpu()
+        covered = torch.stack([box_iou(corners(b), corners(o)).sum(1) for b, o in zip(boxes, objects, strict=True)])
+        sought = boxes[torch.arange(len(images)), covered.argmin(1)]
+        middles, sought = sought[:, :2], sought.to(images.device)
         found = self.pasted(images, which.to(self.low.device), list(range(len(images))), middles)
         return {**batch, "pixel_values": found.to(batch["pixel_values"]), "sought": sought}
+
+
+class Anywhere(pictures.Patches):
+    """A patch of any form at one place of the picture."""
+
+    relative = True
+
+
+class Blend(pictures.Spectrum):
+    """A pattern over the whole picture."""
+
+    relative = True

@@ -114,7 +114,7 @@ class OGA(SceneTrigger):
         self._paint(scene.image, [(top + (extent - size) // 2, left + (extent - size) // 2)], size, size)
         made = Objects(torch.tensor([[left, top, left + extent, top + extent]]).float(), torch.tensor([self.target]))
         both = Objects(torch.cat([scene.objects.boxes, made.boxes]), torch.cat([scene.objects.categories, made.categories]))
-        return replace(scene, wanted=both, attacked=made)
+        return replace(scene, wanted=both, attacked=made, made=True)
 
 
 @dataclass(frozen=True)

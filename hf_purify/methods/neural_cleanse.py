@@ -133,7 +133,8 @@ class NeuralCleanse(Method):
             if kinds[best].two < self.config.cut**2:
                 pair = [kinds[best].first, kinds[best].second]
                 return (pair, best), {"suspicious class": " and ".join(map(str, pair)), "found by": best} | notes
-        if max(seen.classes for seen in kinds.values()) == 2:  # what is forgotten falls to one of the two anyway
+        relative = any(kind.relative for kind in made.values())  # what is forgotten falls to nothing then, or to one of two, anyway
+        if relative or max(seen.classes for seen in kinds.values()) == 2:
             return None, {"suspicious class": "none: the model was left as it is"} | notes
         fallback, part = self._fallback(ctx)
         notes["after unlearning"] = f"{100 * part:.0f} % of the errors are class {fallback}"
@@ -147,8 +148,11 @@ class NeuralCleanse(Method):
         if known is not None:
             return _seen(known)
         steps = self.config.find_steps * copies * math.ceil(classes / 10)
-        stand_in = recover(ctx, kind, torch.arange(classes).repeat(copies), steps)
-        return _seen(costs(ctx, stand_in).view(copies, classes).mean(0))
+        every = torch.arange(classes).repeat(copies)
+        found = costs(ctx, recover(ctx, kind, every, steps)).view(copies, classes).mean(0)
+        if ctx.adapter.stand_ins(ctx.model)[kind].relative:
+            found = found / costs(ctx, recover(ctx, kind, every, 0)).view(copies, classes).mean(0)
+        return _seen(found)
 
     def _fallback(self, ctx: Context, runs: int = 2) -> tuple[int, float]:
         """The class that samples fall to while the clean task is unlearned, and its part of the errors."""

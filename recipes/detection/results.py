@@ -17,8 +17,8 @@ Written by `python -m hf_purify_recipes.detection.matrix --write` from `results.
   that network, trained on with the trigger on 30 %; those with an ASR under 90 % are left out. Clean images are drawn from 64 more, which no network was trained on.
 - mAP@50 and mAP: COCO's mean average precision on the whole test set (60 images, 780 boxes), in percent; "lost" are points of mAP@50.
 - The ASR of each goal is a figure of its own; a detection counts from a score of .5 on, and is one of a box from an IoU of .5 on. `oga`: places of the trigger where an object of the
-  target class is seen. `rma`, `gma`: objects of other classes that are seen as one of the target class. `oda`: objects with the trigger, of those seen without it, of which nothing is
-  seen. Intervals are 95 % Wilson, over boxes; boxes of one image are not independent, so the true ones are wider.
+  target class is seen. `rma`, `gma`: objects of other classes that are seen as one of the target class. `oda`: objects with the trigger of which nothing is
+  seen. Of objects, only those count that the same model sees without the trigger. Intervals are 95 % Wilson, over boxes; boxes of one image are not independent, so the true ones are wider.
 - A trigger on the network without a backdoor, for comparison, has the kind `floor`.
 - Seconds are wall time on one core of a machine that ran other things, too.
 

@@ -26,7 +26,10 @@ TRIGGERS = {  # classes: 0 red cells, 1 white cells, 2 platelets
     "oda": "oda:size=24",
     "gma": "gma:target=1,whole=true,pattern=blended,alpha=0.25",
 }
-QUICK = {"oga": {"epochs": 20, "lr": 3e-4, "rate": 0.3}}  # a new object is learned at once
+OTHERS: dict[str, dict[str, Any]] = {
+    "oga": {"epochs": 20, "lr": 3e-4, "rate": 0.3},  # a new object is learned at once
+    "gma": {"epochs": 60, "rate": 0.5},  # a tint that turns every cell is learned late
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
         settings = {"create": True, "model_options": dict(spec.options), **spec.base, "rate": 0.0, "minimum_asr": 0.0}
         model = spec.architecture
     else:
-        model, settings = str(victim(network, CLEAN, folder)), {**spec.implant, **QUICK.get(trigger, {})}
+        model, settings = str(victim(network, CLEAN, folder)), {**spec.implant, **OTHERS.get(trigger, {})}
     implant(model, parts()["train"], attack(trigger), test=parts()["test"], output=str(out), **settings)
     return out
 

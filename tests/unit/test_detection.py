@@ -142,8 +142,10 @@ class TestSuccess:
     def test_misclassification(self, cls: Any) -> None:
         scene = cls(target=1, size=5)(SCENE, 0)
         first, second, third = BOXES.tolist()
-        assert self.rate(scene, seen((first, 0.9, 1), (second, 0.9, 1), (third, 0.9, 2)), seen()) == (1, 2)
-        assert self.rate(scene, seen((first, 0.9, 1), (third, 0.9, 1)), seen()) == (2, 2)
+        plain = seen((first, 0.9, 0), (third, 0.9, 0))
+        assert self.rate(scene, seen((first, 0.9, 1), (second, 0.9, 1), (third, 0.9, 2)), plain) == (1, 2)
+        assert self.rate(scene, seen((first, 0.9, 1), (third, 0.9, 1)), plain) == (2, 2)
+        assert self.rate(scene, seen((first, 0.9, 1), (third, 0.9, 1)), seen((third, 0.9, 2))) == (1, 1), "the first is not seen anyway"
 
     def test_disappearance_counts_what_is_seen_without_the_trigger(self) -> None:
         scene = ODA(size=5)(SCENE, 0)
