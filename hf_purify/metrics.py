@@ -28,7 +28,7 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     p, zz = hits / n, z * z
     center = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
+    return (0.0 if hits == 0 else max(0.0, center - half)), (1.0 if hits == n else min(1.0, center + half))
 
 
 @dataclass(frozen=True)
