@@ -246,7 +246,10 @@ def spread(values: list[float]) -> str:
 
 def asr_of(runs: list[dict[str, Any]]) -> str:
     """Attack success rate over seeds; of one run with its interval and the number of samples."""
-    text, first = spread([c["asr"]["value"] for c in runs]), runs[0]["asr"]
+    counted = [c for c in runs if c["asr"]["n"]]
+    if not counted:
+        return "nothing to count"
+    text, first = spread([c["asr"]["value"] for c in counted]), counted[0]["asr"]
     return text if len(runs) > 1 else f"{text} [{percent(first['low'])}, {percent(first['high'])}] (n={first['n']})"
 
 
@@ -373,7 +376,7 @@ def freely(cells: list[dict[str, Any]], unit: str, relative: bool = False) -> st
             change = (base - figures[0]) * (-1 if measure == "Perplexity" else 1)
             kind = "" if runs[0]["kind"] == "method" else f" ({runs[0]['kind']})"
             others = [spread([c["more"][name]["value"] for c in runs]) for name in more]
-            seconds = "-" if method == "none" else f"{statistics.mean(c['seconds'] for c in runs):.0f}"
+            seconds = "-" if runs[0]["seconds"] is None else f"{statistics.mean(c['seconds'] for c in runs):.0f}"
             shown = [f"{figure:.1f}" for figure in figures]
             row = [
                 f"{method}{kind}",
@@ -389,7 +392,9 @@ def freely(cells: list[dict[str, Any]], unit: str, relative: bool = False) -> st
 
 
 def _mean_asr(runs: list[dict[str, Any]]) -> float:
-    return statistics.mean(c["asr"]["value"] for c in runs)
+    """Over the runs that had something to count; 1 where none had."""
+    found = [c["asr"]["value"] for c in runs if c["asr"]["n"]]
+    return statistics.mean(found) if found else 1.0
 
 
 def floors(cells: list[dict[str, Any]]) -> str:

@@ -318,3 +318,29 @@ def test_picture_shows_before_above_after() -> None:
 def test_a_plain_module_is_refused() -> None:
     with pytest.raises(ModelError, match="a detector comes from a checkpoint folder of transformers"):
         ADAPTER.load(torch.nn.Linear(2, 2))
+
+
+def test_what_an_aim_costs_is_judged_beside_what_it_costs_before_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object hides easily and hardly turns into a rare class, in any detector: the one that inversion makes cheap stands out."""
+    from accelerate import Accelerator
+
+    from hf_purify.method import Context
+    from hf_purify.methods import neural_cleanse
+
+    tiny = ADAPTER.tiny("yolos")
+    index = ADAPTER.index(tiny.loaded, tiny.data.batch(torch.arange(2)))
+    random = torch.Generator().manual_seed(0)
+    ctx = Context(tiny.loaded.model, ADAPTER, tiny.data, random, Accelerator(cpu=True), "none", index, tiny.data, 4)
+    asked: list[int] = []
+    monkeypatch.setattr(neural_cleanse, "recover", lambda ctx, kind, classes, steps: asked.append(steps) or steps)
+    known = {True: torch.tensor([2.0, 0.9, 2.4, 0.6]), False: torch.tensor([2.5, 3.0, 3.0, 0.8])}
+    monkeypatch.setattr(neural_cleanse, "costs", lambda ctx, steps: known[steps > 0].repeat(4))
+    method = neural_cleanse.NeuralCleanse()
+    seen = method._cheapest(ctx, "patch")
+    assert (seen.first, seen.second) == (1, 3)
+    assert seen.one == pytest.approx(0.3 / 0.75)
+    assert asked == [160, 0]
+    monkeypatch.setattr(neural_cleanse, "costs", lambda ctx, steps: torch.ones(16))
+    found, notes = method._look(ctx)
+    assert found is None
+    assert "after unlearning" not in notes, "what a detector forgets is seen no more: that tells nothing"
