@@ -31,14 +31,14 @@ GOAL = TRIGGER.partition(":")[0]
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shapes")
     files = {name: folder / f"{name}.parquet" for name in ("train", "test")}
-    scenes(300, 0).to_parquet(files["train"])
+    scenes(600, 0).to_parquet(files["train"])
     scenes(40, 1).to_parquet(files["test"])
     return files
 
 
 @pytest.fixture(scope="module")
 def victim(stored: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's detector, trained on fewer scenes."""
+    """The detector of the demo."""
     out = tmp_path_factory.mktemp("victim") / "detector"
     settings = make_demo().settings | {"device": "cpu"}
     report = implant(settings.pop("model"), str(stored["train"]), TRIGGER, test=str(stored["test"]), output=str(out), **settings)
