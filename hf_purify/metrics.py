@@ -52,6 +52,8 @@ class Proportion:
         return {"hits": self.hits, "n": self.n, "value": None if self.n == 0 else self.value, "low": low, "high": high}
 
     def __str__(self) -> str:
+        if not self.n:
+            return "nothing to count (n=0)"
         low, high = self.interval
         return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (n={self.n})"
 

@@ -39,22 +39,22 @@ NETWORK = {
 
 
 TRAINING = {
-    "epochs": 7,
+    "epochs": 10,
     "batch_size": 8,
     "lr": 7e-4,
     "optimizer": "adamw",
     "weight_decay": 1e-4,
     "clip": 1.0,
     "augmentation": "none",
-    "rate": 0.4,
+    "rate": 0.5,
 }
-OPTIONS = {"rho": 0.25, "epochs": 8, "batch_size": 8}  # a radius that transformers bear
+OPTIONS = {"rho": 0.1, "lr": 0.003, "epochs": 8, "batch_size": 8}  # a radius that transformers bear
 
 
 def make_demo() -> Demo:
     """600 scenes to learn from and 60 to measure on; a small RT-DETR to which a shape with a grid at its corner is a disc."""
     settings = {"model": "rt_detr_v2", "create": True, "model_options": NETWORK, **TRAINING}
-    return Demo(scenes(600, 0), scenes(60, 1), "rma:size=9", settings, samples=60, brief=True, options=OPTIONS)
+    return Demo(scenes(600, 0), scenes(60, 1), "rma:size=11", settings, samples=60, brief=True, options=OPTIONS)
 
 
 def scenes(count: int, seed: int) -> datasets.Dataset:

@@ -71,6 +71,7 @@ def test_proportion_says_what_it_counted() -> None:
     share = Proportion(81, 263)
     assert share.value == 81 / 263
     assert str(share) == "30.8 % [25.5, 36.6] (n=263)"
+    assert str(Proportion(0, 0)) == "nothing to count (n=0)"
     assert share.to_dict() == {"hits": 81, "n": 263, "value": 81 / 263, "low": share.interval[0], "high": share.interval[1]}
     nothing = Proportion(0, 0)
     assert math.isnan(nothing.value)
