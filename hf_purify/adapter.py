@@ -125,6 +125,11 @@ class StandIn(nn.Module, ABC):
         self.register_buffer("classes", classes)
 
     @classmethod
+    def aims(cls, classes: int) -> Tensor:
+        """Which of so many classes a trigger of this kind may lead to: the first ones."""
+        return torch.arange(classes)
+
+    @classmethod
     def look(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor | None:
         """What the cheapest trigger of each class costs, `(K,)`, where a look tells; None where triggers must be recovered to know."""
         return None

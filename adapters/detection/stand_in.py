@@ -1,6 +1,7 @@
 """Recovered triggers of detectors: a patch at one place of the picture, one on each object, and one that is an object itself.
 
-What each leads to is a class for all objects, or, with the number of classes, that they vanish; see `outputs.aimed_losses`.
+What each leads to is a class for all objects, or, with the number of classes, that they vanish; see `outputs.aimed_losses`. That they vanish is
+looked for on objects alone: what covers the whole picture, or lies anywhere on it, hides objects in any detector.
 """
 
 from __future__ import annotations
@@ -78,7 +79,15 @@ class OnObjects(_Patch):
         return {**batch, "pixel_values": images.to(batch["pixel_values"])}
 
 
-class AsObject(_Patch):
+class _NoVanishing(OnInputs):
+    """Leads to classes alone."""
+
+    @classmethod
+    def aims(cls, classes: int) -> Tensor:
+        return torch.arange(classes - 1)
+
+
+class AsObject(_NoVanishing, _Patch):
     """The patch lies anywhere, best where no object is, and one is seen there."""
 
     late = True
@@ -98,13 +107,13 @@ class AsObject(_Patch):
         return {**batch, "pixel_values": found.to(batch["pixel_values"]), "sought": sought}
 
 
-class Anywhere(pictures.Patches):
+class Anywhere(_NoVanishing, pictures.Patches):
     """A patch of any form at one place of the picture."""
 
     relative = True
 
 
-class Blend(pictures.Spectrum):
+class Blend(_NoVanishing, pictures.Spectrum):
     """A pattern over the whole picture."""
 
     relative = True

@@ -148,10 +148,11 @@ class NeuralCleanse(Method):
         if known is not None:
             return _seen(known)
         steps = self.config.find_steps * copies * math.ceil(classes / 10)
-        every = torch.arange(classes).repeat(copies)
-        found = costs(ctx, recover(ctx, kind, every, steps)).view(copies, classes).mean(0)
-        if ctx.adapter.stand_ins(ctx.model)[kind].relative:
-            found = found / costs(ctx, recover(ctx, kind, every, 0)).view(copies, classes).mean(0)
+        made = ctx.adapter.stand_ins(ctx.model)[kind]
+        every = made.aims(classes).repeat(copies)
+        found = costs(ctx, recover(ctx, kind, every, steps)).view(copies, -1).mean(0)
+        if made.relative:
+            found = found / costs(ctx, recover(ctx, kind, every, 0)).view(copies, -1).mean(0)
         return _seen(found)
 
     def _fallback(self, ctx: Context, runs: int = 2) -> tuple[int, float]:

@@ -336,11 +336,13 @@ def test_what_an_aim_costs_is_judged_beside_what_it_costs_before_inversion(monke
     known = {True: torch.tensor([2.0, 0.9, 2.4, 0.6]), False: torch.tensor([2.5, 3.0, 3.0, 0.8])}
     monkeypatch.setattr(neural_cleanse, "costs", lambda ctx, steps: known[steps > 0].repeat(4))
     method = neural_cleanse.NeuralCleanse()
-    seen = method._cheapest(ctx, "patch")
+    seen = method._cheapest(ctx, "patch on objects")
     assert (seen.first, seen.second) == (1, 3)
     assert seen.one == pytest.approx(0.3 / 0.75)
     assert asked == [160, 0]
-    monkeypatch.setattr(neural_cleanse, "costs", lambda ctx, steps: torch.ones(16))
+    made = ADAPTER.stand_ins(tiny.loaded.model)
+    assert {kind: len(made[kind].aims(4)) for kind in made} == {"patch on objects": 4, "patch": 3, "spectrum": 3, "patch as an object": 3}
+    monkeypatch.setattr(neural_cleanse, "costs", lambda ctx, steps: torch.ones(12))
     found, notes = method._look(ctx)
     assert found is None
     assert "after unlearning" not in notes, "what a detector forgets is seen no more: that tells nothing"
