@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -115,6 +116,42 @@ def check_loaded(missing: Any, mismatched: Any, source: str) -> None:
         raise ModelError(
             f"the checkpoint '{source}' {what} {len(missing or mismatched)} of the model's tensors, such as {', '.join(first)}; it would run on random weights"
         )
+
+
+class Made(NamedTuple):
+    """What a modality loads its checkpoints by.
+
+    Args:
+        what: a model of it in words, such as `image classifier`.
+        kind: what the names of its architectures hold, such as `ForImageClassification`.
+        model, processor: the Auto classes of transformers.
+        feeder: the processor in words, with its file.
+    """
+
+    what: str
+    kind: str
+    model: Any
+    processor: Any
+    feeder: str = "image processor (preprocessor_config.json)"
+
+
+def load_transformers(folder: Path, source: str, revision: str | None, made: Made) -> Loaded:
+    """A checkpoint of transformers with its processor.
+
+    Raises:
+        ModelError: of another kind, without a processor, or as `load_model` says.
+    """
+    config = read_config(folder)
+    architectures = config.get("architectures") or []
+    if architectures and not any(made.kind in a for a in architectures):
+        raise ModelError(f"'{source}' is no {made.what}: its config names {', '.join(architectures)}; expected one {made.kind}")
+    model = load_model(folder, source, made.model, made.what)
+    try:
+        processor = made.processor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{source}' has no {made.feeder}: {str(error).splitlines()[0]}") from error
+    labels = class_labels(model.config)
+    return Loaded(model, processor, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder))
 
 
 def class_labels(config: Any) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
+from hf_purify.errors import ConfigError, did_you_mean, unknown
 
-from .._checkpoints import class_labels, load_model, read_config, saver, transformers_keys
+from .._checkpoints import Made, load_transformers
 from .scene import Scene
 
 KIND = "ForObjectDetection"
@@ -30,16 +30,7 @@ def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
     """Load a checkpoint folder of transformers."""
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-    architectures = read_config(folder).get("architectures") or []
-    if architectures and not any(KIND in a for a in architectures):
-        raise ModelError(f"'{source}' is no object detector: its config names {', '.join(architectures)}; expected one {KIND}")
-    model = load_model(folder, source, AutoModelForObjectDetection, "object detector")
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{source}' has no image processor (preprocessor_config.json): {str(error).splitlines()[0]}") from error
-    labels = class_labels(model.config)
-    return Loaded(model, processor, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder))
+    return load_transformers(folder, source, revision, Made("object detector", KIND, AutoModelForObjectDetection, AutoImageProcessor))
 
 
 def new_model(architecture: str, classes: int, labels: list[str], image_size: int | list[int] | None = None, **options: Any) -> Loaded:

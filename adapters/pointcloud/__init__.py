@@ -15,7 +15,7 @@ from hf_purify.adapter import Batch, Demo, Loaded, StandIn, Tiny
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
 from hf_purify.tables import Selection, class_names
 
-from .._checkpoints import class_labels, load_model, read_config, saver, transformers_keys
+from .._checkpoints import Made, load_transformers, read_config
 from .._classifiers import Classifier, of_module
 from .demo import make_demo
 from .examples import CloudExamples, read_clouds
@@ -169,14 +169,8 @@ def _load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
     if not (any(KIND in a for a in architectures) or (not architectures and config.get("model_type") in MODELS)):
         what = ", ".join(architectures) or f"the type '{config.get('model_type')}'"
         raise ModelError(f"'{source}' is no classifier of point clouds: its config names {what}; expected one For{KIND}")
-    model = load_model(folder, source, AutoModel, "classifier of point clouds")
-    try:
-        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{source}' has no feature extractor (preprocessor_config.json): {str(error).splitlines()[0]}") from error
-    return Loaded(
-        model, extractor, class_labels(model.config), source, "transformers", revision, folder, transformers_keys(model), saver(folder)
-    )
+    made = Made("classifier of point clouds", "", AutoModel, AutoFeatureExtractor, "feature extractor (preprocessor_config.json)")
+    return load_transformers(folder, source, revision, made)
 
 
 def _wrap(model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
 
-from .._checkpoints import class_labels, load_model, read_config, saver, transformers_keys
+from .._checkpoints import Made, load_transformers
 from .._classifiers import of_module
 from .._prepared import Prepare
 
-KIND = "VideoClassification"
+KIND = "ForVideoClassification"
 FRAMES = 16  # of a clip, where neither model nor processor says
 
 
@@ -28,28 +28,11 @@ def known_types() -> list[str]:
 
 def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
     """Load a checkpoint folder of transformers."""
-    from transformers import AutoModelForVideoClassification
+    from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
-    architectures = read_config(folder).get("architectures") or []
-    if architectures and not any(KIND in a for a in architectures):
-        raise ModelError(f"'{source}' is no video classifier: its config names {', '.join(architectures)}; expected one For{KIND}")
-    model = load_model(folder, source, AutoModelForVideoClassification, "video classifier")
-    processor = _read_processor(folder, source)
-    return Loaded(
-        model, processor, class_labels(model.config), source, "transformers", revision, folder, transformers_keys(model), saver(folder)
-    )
-
-
-def _read_processor(folder: Path, source: str) -> Any:
-    from transformers import AutoVideoProcessor
-
-    try:
-        return AutoVideoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        text = str(error).splitlines()[0]
-        raise ModelError(
-            f"'{source}' has no video processor (video_preprocessor_config.json or preprocessor_config.json): {text}"
-        ) from error
+    feeder = "video processor (video_preprocessor_config.json or preprocessor_config.json)"
+    made = Made("video classifier", KIND, AutoModelForVideoClassification, AutoVideoProcessor, feeder)
+    return load_transformers(folder, source, revision, made)
 
 
 def new_model(architecture: str, classes: int, labels: list[str], image_size: int | None = None, **options: Any) -> Loaded:

@@ -13,34 +13,20 @@ from torch import Tensor, nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ModelError
 
-from .._checkpoints import class_labels, copy_companions, load_model, read_config, saver, transformers_keys
+from .._checkpoints import Made, copy_companions, load_transformers, read_config
 from .._classifiers import of_module
 from .._prepared import Prepare
 
 
 def load_folder(folder: Path, source: str, revision: str | None) -> Loaded:
     """Load a checkpoint folder of either library, told apart by its config."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
     config = read_config(folder)
     if "model_type" not in config and "architecture" in config:
         return _load_timm(folder, source, revision)
-    return _load_transformers(folder, config, source, revision)
-
-
-def _load_transformers(folder: Path, config: dict[str, Any], source: str, revision: str | None) -> Loaded:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    architectures = config.get("architectures") or []
-    if architectures and not any("ImageClassification" in a for a in architectures):
-        raise ModelError(
-            f"'{source}' is no image classifier: its config names {', '.join(architectures)}; expected an architecture ForImageClassification"
-        )
-    model = load_model(folder, source, AutoModelForImageClassification, "image classifier")
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{source}' has no image processor (preprocessor_config.json): {str(error).splitlines()[0]}") from error
-    labels = class_labels(model.config)
-    return Loaded(model, processor, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder))
+    made = Made("image classifier", "ForImageClassification", AutoModelForImageClassification, AutoImageProcessor)
+    return load_transformers(folder, source, revision, made)
 
 
 def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:

@@ -191,10 +191,10 @@ class Case:
 CASES = {
     "negative": Case(
         DataError,
-        r"image \d+: the box \[-20.* lies outside the image of 96x96 pixels \(boxes must be x, y, width",
+        r"image \d+: the box \[-20.* lies outside the image of 64x64 pixels \(boxes must be x, y, width",
         {"clean": first(bbox=[[-20, 5, 30, 30]], category=[0])},
     ),
-    "outside": Case(DataError, "lies outside the image of 96x96", {"clean": first(bbox=[[80, 5, 30, 30]], category=[0])}),
+    "outside": Case(DataError, "lies outside the image of 64x64", {"clean": first(bbox=[[80, 5, 30, 30]], category=[0])}),
     "no area": Case(DataError, r"has no area", {"clean": first(bbox=[[5, 5, 0, 10]], category=[0])}),
     "NaN": Case(DataError, "a box that is NaN or infinite", {"clean": first(bbox=[[5, 5, float("nan"), 10]], category=[0])}),
     "three numbers": Case(
