@@ -19,9 +19,12 @@ Written by `python -m hf_purify_recipes.detection.matrix --write` from `results.
 - The ASR of each goal is a figure of its own; a detection counts from a score of .5 on, and is one of a box from an IoU of .5 on. `oga`: places of the trigger where an object of the
   target class is seen. `rma`, `gma`: objects of other classes that are seen as one of the target class. `oda`: objects with the trigger of which nothing is
   seen. Of objects, only those count that the same model sees without the trigger. Intervals are 95 % Wilson, over boxes; boxes of one image are not independent, so the true ones are wider.
-- **What was chosen with a victim in view.** Which kinds of trigger Neural Cleanse looks for here, and that each is judged beside its cost before inversion, was settled on these very victims and
-  on the network without a backdoor, from the costs alone, with shorter searches; no repair was tuned. So its rows are in-sample to that extent. `ft_sam-small` has a radius of .25, chosen
+- **What was chosen with a victim in view.** Which kinds of trigger Neural Cleanse looks for here, that each is judged beside its cost before inversion, and that vanishing is looked for on objects
+  alone, was settled on these very victims and on the network without a backdoor, from the costs; the last after a run had taken the wrong kind for `oda` and `oga` (ASR 99.7 and 98.3 % left). The
+  repair itself was not tuned. So its rows are in-sample to that extent. `ft_sam-small` has a radius of .25, chosen
   because 4 ruins the victim of the demo.
+- **Not reached, and why.** An ASR of 10 % at 3 points of mAP@50: `rma` .2 % at 3.1 points. For `oga` and `oda` the right aim is found by the right kind of trigger, but 70 steps at a rate meant for
+  batch norms take the ASR from 100 % to 70 and 79 % only; longer or faster repairs were not tried.
 - `gma` has no victim yet: a grid in the corner reached 20.6 % (n=720), noise blended over the picture 73 to 87 %.
 - A trigger on the network without a backdoor, for comparison, has the kind `floor`.
 - Seconds are wall time on one core of a machine that ran other things, too.
