@@ -24,7 +24,7 @@ from .augment import AUGMENTATIONS, moved
 from .demo import make_demo
 from .examples import SceneExamples, names_in, read_scenes
 from .judge import scorer, success, utility
-from .loading import KIND, known_types, load_folder, new_model
+from .loading import KIND, known_types, load_folder, new_model, preparer, size_of
 from .outputs import Detections, aimed_losses, detections, readings, rows_of, run
 from .picture import draw_scene
 from .scene import Objects, Scene, corners
@@ -89,8 +89,6 @@ class DetectionAdapter(Adapter):
         return names_in(data, split, columns)
 
     def prepare(self, raws: list[Scene], loaded: Loaded) -> Tensor:
-        from .loading import preparer, size_of
-
         usual = Counter(tuple(s.image.shape[1:]) for s in raws).most_common(1)[0][0]
         return preparer(loaded.processor, size_of(loaded.processor, usual))(raws)
 

@@ -40,4 +40,4 @@ def _drawn(image: Tensor, boxes: Tensor, categories: Tensor) -> Tensor:
         return image
     colours = [COLOURS[int(c) % len(COLOURS)] for c in categories]
     limits = torch.tensor([image.shape[2] - 1, image.shape[1] - 1] * 2)
-    return draw_bounding_boxes(image, boxes.clamp(min=0).minimum(limits), colors=colours, width=4)
+    return draw_bounding_boxes(image, boxes.clamp(min=0).minimum(limits), colors=colours, width=3)
