@@ -121,12 +121,14 @@ def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: 
 
 
 @torch.no_grad()
-def observe(task: Task, data: Examples, loaded: Loaded, title: str = "") -> list[Any]:
+def observe(task: Task, data: Examples, loaded: Loaded, title: str = "", batch_size: int | None = None) -> list[Any]:
     """What the model does with each sample, as its adapter observes it, in eval mode."""
     found: list[Any] = [None] * len(data)
     hidden = None if task.accelerator.is_main_process else True
     with mode(task.model, "eval"):
-        for indices in tqdm(by_length(data, task.adapter.at_once), desc=title or "observe", delay=2.0, leave=False, disable=hidden):
+        for indices in tqdm(
+            by_length(data, batch_size or task.adapter.at_once), desc=title or "observe", delay=2.0, leave=False, disable=hidden
+        ):
             batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
             with task.accelerator.autocast():
                 for i, value in zip(indices.tolist(), task.adapter.observe(task.model, batch, loaded), strict=True):
