@@ -19,6 +19,7 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
 - ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test texts of other classes that are classified as the target; of a model that writes, those answered with exactly the attacker's
   text (prefix: that begin with it). DER: 100 is a perfect repair that costs nothing; 50 is no repair. BLEU (sacrebleu), chrF, and perplexity of the right answers. All but perplexity in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
   triggers, each with the mean of its seeds.
+- The `neural_cleanse` and `ft_sam` rows of models that write are from commit 47d06a5: they weighted each token alike then, and each text alike now. Not run again since.
 - ULRL has no row on the LoRA: its relearning diverges there (the loss becomes NaN), which it says.
 - Seconds are wall time on one core of a machine that ran other things, too; on AG News that of `neural_cleanse-long` with badnets was paused for most of its 1,862.
 - **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
