@@ -71,7 +71,9 @@ class FTSAM(Method):
         def objective(batch: dict[str, Tensor]) -> Tensor:
             logits, losses = ctx.adapter.both(ctx.model, batch)
             said = logits.float().log_softmax(-1)
-            loss = (1 - config.label_smoothing) * losses.mean() - config.label_smoothing * said.mean()
+            loss = losses.mean()
+            if config.label_smoothing:
+                loss = (1 - config.label_smoothing) * loss - config.label_smoothing * said.mean()
             if teacher is None:
                 return loss
             if "target" not in batch:  # both passes of a step see the same batch

@@ -23,11 +23,12 @@ Written by `python -m hf_purify_recipes.detection.matrix --write` from `results.
   alone, was settled on these very victims and on the network without a backdoor, from the costs; the last after a run had taken the wrong kind for `oda` and `oga` (ASR 99.7 and 98.3 % left). The
   repair itself was not tuned. So its rows are in-sample to that extent. `ft_sam-small` has a radius of .25, chosen
   because 4 ruins the victim of the demo.
-- The `neural_cleanse` row of `rma` is from before vanishing was looked for on objects alone, which changes neither the class nor the kind that it found (`patch on objects`, .43 of the next).
+- The `neural_cleanse` row of `rma` is from commit 4a56777, before vanishing was looked for on objects alone, which changes neither the class nor the kind that it found (`patch on objects`, .43 of the next).
 - The network without a backdoor is called suspicious (`patch`, platelets at .68 of the next, .70 is asked), and loses 1.4 points by being repaired.
 - **Not reached, and why.** An ASR of 10 % at 3 points of mAP@50: `rma` .2 % at 3.1 points. For `oga` and `oda` the right aim is found by the right kind of trigger, but 70 steps at a rate meant for
   batch norms take the ASR from 100 % to 70 and 79 % only; longer or faster repairs were not tried.
-- `gma` has no victim yet: a grid in the corner reached 20.6 % (n=720), noise blended over the picture 73 to 87 %.
+- `gma` has no victim yet: a grid in the corner reached 20.6 % (n=720), noise blended over the picture 73 to 87 %
+  (ad hoc trials of `victims.py` with other strengths and epochs; in no table).
 - A trigger on the network without a backdoor, for comparison, has the kind `floor`.
 - Seconds are wall time on one core of a machine that ran other things, too.
 
