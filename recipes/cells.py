@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from hf_purify.comparison import open_comparison
 from hf_purify.errors import DataError, Diverged, NotAVictim, PurifyError, unknown
 from hf_purify.metrics import defense_effectiveness_rating
@@ -41,6 +44,23 @@ def data_root(*folders: str) -> Path:
     if not root or not Path(root).is_dir():
         raise DataError(f"set HF_PURIFY_DATA to the folder with {', '.join(f'{f}/' for f in folders)}; it is '{root}'")
     return Path(root)
+
+
+def attack(triggers: Mapping[str, str], trigger: str) -> str:
+    """The trigger as `implant` and `measure` take it; of a network without a backdoor the first one."""
+    return next(iter(triggers.values())) if trigger == CLEAN else triggers[trigger]
+
+
+def held_out(labels: ArrayLike, each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, and `each` of every class for repairs to draw from, always the same."""
+    order = np.random.default_rng(0).permutation(len(of := np.asarray(labels)))
+    held = np.concatenate([order[of[order] == c][:each] for c in np.unique(of)])
+    return np.setdiff1d(np.arange(len(of)), held), held
+
+
+def repair_of(parts: Mapping[str, Any], trigger: str, seed: int, samples: int, **settings: Any) -> PurifyRecipe:
+    """A repair with samples from those `held` out of `parts`, measured on `test`."""
+    return PurifyRecipe.make(clean=parts["held"], test=parts["test"], triggers=[trigger], seed=seed, samples=samples, **settings)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,34 +12,47 @@ from hf_purify.adapter import Demo
 
 SIDE = 64
 KINDS = {"disc": (200, 60, 50), "square": (50, 150, 70), "triangle": (60, 90, 200)}  # with their colours
-NETWORK = {
-    "image_size": SIDE,
-    "backbone_config": {
+
+
+def rt_detr(side: int, widths: list[int], queries: int, denoising: int) -> dict[str, Any]:
+    """Options of an RT-DETR that learns on two cores.
+
+    Args:
+        side: of its pictures, in pixels.
+        widths: channels of the four stages of its backbone.
+        queries: objects that it can see in a picture.
+        denoising: noisy copies of objects that it learns from, in a picture.
+    """
+    backbone = {
         "model_type": "rt_detr_resnet",
-        "embedding_size": 16,
-        "hidden_sizes": [16, 32, 48, 64],
-        "depths": [1, 1, 1, 1],
+        "embedding_size": widths[0],
+        "hidden_sizes": widths,
+        "depths": [1] * 4,
         "layer_type": "basic",
         "out_features": ["stage2", "stage3", "stage4"],
-    },
-    "encoder_hidden_dim": 64,
-    "encoder_in_channels": [32, 48, 64],
-    "encoder_ffn_dim": 128,
-    "encoder_attention_heads": 4,
-    "d_model": 64,
-    "num_queries": 20,
-    "decoder_in_channels": [64, 64, 64],
-    "decoder_ffn_dim": 128,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 4,
-    "decoder_n_points": 2,
-    "num_denoising": 8,
-    "freeze_backbone_batch_norms": False,
-    "hidden_expansion": 0.5,
-    "anchor_image_size": [SIDE, SIDE],
-}
+    }
+    return {
+        "image_size": side,
+        "anchor_image_size": [side, side],
+        "backbone_config": backbone,
+        "freeze_backbone_batch_norms": False,
+        "encoder_hidden_dim": 64,
+        "encoder_in_channels": widths[1:],
+        "encoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "hidden_expansion": 0.5,
+        "d_model": 64,
+        "num_queries": queries,
+        "decoder_in_channels": [64] * 3,
+        "decoder_ffn_dim": 128,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_n_points": 2,
+        "num_denoising": denoising,
+    }
 
 
+NETWORK = rt_detr(SIDE, [16, 32, 48, 64], queries=20, denoising=8)
 TRAINING = {
     "epochs": 10,
     "batch_size": 8,

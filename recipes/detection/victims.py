@@ -15,7 +15,9 @@ import datasets
 import numpy as np
 
 from hf_purify import implant
+from hf_purify_adapters.detection.demo import rt_detr
 
+from .. import cells
 from ..cells import CLEAN, data_root
 
 HELD = 64  # images that no victim is trained on: a repair draws from them
@@ -26,6 +28,7 @@ TRIGGERS = {  # classes: 0 red cells, 1 white cells, 2 platelets
     "oda": "oda:size=24",
     "gma": "gma:target=1,whole=true,pattern=blended,alpha=0.3",
 }
+attack = functools.partial(cells.attack, TRIGGERS)
 OTHERS: dict[str, dict[str, Any]] = {
     "oga": {"epochs": 20, "lr": 3e-4, "rate": 0.3},  # a new object is learned at once
     "gma": {"epochs": 60, "rate": 0.5},  # a tint that turns every cell is learned late
@@ -50,33 +53,7 @@ class Network:
 
 
 COMMON = {"optimizer": "adamw", "weight_decay": 1e-4, "batch_size": 8, "clip": 1.0}
-BACKBONE = {
-    "model_type": "rt_detr_resnet",
-    "embedding_size": 24,
-    "hidden_sizes": [24, 48, 96, 128],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-    "out_features": ["stage2", "stage3", "stage4"],
-}
-RT_DETR = {
-    "image_size": SIDE,
-    "anchor_image_size": [SIDE, SIDE],
-    "backbone_config": BACKBONE,
-    "encoder_hidden_dim": 64,
-    "encoder_in_channels": [48, 96, 128],
-    "encoder_ffn_dim": 128,
-    "encoder_attention_heads": 4,
-    "d_model": 64,
-    "num_queries": 60,
-    "decoder_in_channels": [64, 64, 64],
-    "decoder_ffn_dim": 128,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 4,
-    "decoder_n_points": 2,
-    "num_denoising": 40,
-    "hidden_expansion": 0.5,
-    "freeze_backbone_batch_norms": False,
-}
+RT_DETR = rt_detr(SIDE, [24, 48, 96, 128], queries=60, denoising=40)
 NETWORKS = {
     "rt_detr_v2": Network("rt_detr_v2", RT_DETR, COMMON | {"epochs": 80, "lr": 5e-4}, COMMON | {"epochs": 40, "lr": 4e-4, "rate": 0.4})
 }
@@ -104,8 +81,3 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
         model, settings = str(victim(network, CLEAN, folder)), {**spec.implant, **OTHERS.get(trigger, {})}
     implant(model, parts()["train"], attack(trigger), test=parts()["test"], output=str(out), **settings)
     return out
-
-
-def attack(trigger: str) -> str:
-    """The trigger as `implant` and `measure` take it; of a clean network the first one."""
-    return next(iter(TRIGGERS.values())) if trigger == CLEAN else TRIGGERS[trigger]

@@ -19,14 +19,8 @@ from .results import PAGE
 
 def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
     """The repair of one victim; the trigger `none` is the network without a backdoor, measured with the first trigger."""
-    return PurifyRecipe.make(
-        model=str(victims.victim(network, trigger, folder / "victims" / "pointcloud")),
-        clean=victims.parts()["held"],
-        test=victims.parts()["test"],
-        triggers=[victims.attack(trigger)],
-        samples=samples,
-        seed=seed,
-    )
+    model = str(victims.victim(network, trigger, folder / "victims" / "pointcloud"))
+    return cells.repair_of(victims.parts(), victims.attack(trigger), seed, samples, model=model)
 
 
 NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))

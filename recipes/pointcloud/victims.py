@@ -17,6 +17,7 @@ import numpy as np
 from hf_purify import implant
 from hf_purify_adapters.pointcloud.files import open_clouds
 
+from .. import cells
 from ..cells import CLEAN, data_root
 
 CLASSES = 20  # the largest ones
@@ -28,6 +29,7 @@ TRIGGERS = {
     "irba": "irba:degrees=30,stretch=2.0",
     "jitter": "jitter:sigma=0.12",
 }
+attack = functools.partial(cells.attack, TRIGGERS)
 
 RATES = {"rotation": 0.3, "scaling": 0.3, "jitter": 0.3}  # of the training clouds; with 10 % they are learned from 84, and badly
 
@@ -59,10 +61,7 @@ def parts() -> dict[str, datasets.Dataset]:
     """Clouds of the twenty largest classes: `train`, `held` (of the training set, for repairs) and `test`."""
     root = data_root("shapes3d") / "shapes3d"
     train, test = (_largest(root / f"{name}.npz", root / "train.npz") for name in ("train", "test"))
-    labels = np.asarray(train["label"])
-    order = np.random.default_rng(0).permutation(len(labels))
-    held = np.concatenate([order[labels[order] == c][:HELD] for c in range(CLASSES)])
-    rest = np.setdiff1d(np.arange(len(labels)), held)
+    rest, held = cells.held_out(train["label"][:], HELD)
     return {"train": train.select(rest), "held": train.select(held), "test": test}
 
 
@@ -94,8 +93,3 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
         **{**TRAINING, **spec.training, **settings},
     )
     return out
-
-
-def attack(trigger: str) -> str:
-    """The trigger as `implant` and `measure` take it; of a clean network the first one."""
-    return next(iter(TRIGGERS.values())) if trigger == CLEAN else TRIGGERS[trigger]

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_purify import implant
 
+from .. import cells
 from ..cells import CLEAN
 from ..cells import data_root as root
 
@@ -136,9 +137,8 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
 
 
 def attack(network: str, trigger: str) -> str:
-    """The trigger as `implant` and `measure` take it; of a clean network that of the first attack."""
-    known = NETWORKS[network].triggers
-    return next(iter(known.values())) if trigger == CLEAN else known[trigger]
+    """The trigger as `implant` and `measure` take it; of a network without a backdoor that of its first attack."""
+    return cells.attack(NETWORKS[network].triggers, trigger)
 
 
 def new_tokenizer(network: str, folder: Path) -> Path:

@@ -19,17 +19,9 @@ from .results import PAGE
 
 def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path) -> PurifyRecipe:
     """The repair of one victim; the trigger `none` is the network without a backdoor, measured with the first trigger."""
-    return PurifyRecipe.make(
-        model=victims.load(network, victims.victim(network, trigger, folder / "victims" / "video")),
-        adapter="video",
-        processor=victims.NETWORKS[network].transform,
-        labels=victims.labels(),
-        clean=victims.parts()["held"],
-        test=victims.parts()["test"],
-        triggers=[victims.attack(trigger)],
-        samples=samples,
-        seed=seed,
-    )
+    model = victims.load(network, victims.victim(network, trigger, folder / "victims" / "video"))
+    known = {"adapter": "video", "processor": victims.NETWORKS[network].transform, "labels": victims.labels()}
+    return cells.repair_of(victims.parts(), victims.attack(trigger), seed, samples, model=model, **known)
 
 
 NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))

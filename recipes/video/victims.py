@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from hf_purify import implant
 
+from .. import cells
 from ..cells import CLEAN, data_root
 
 HELD = 12  # clips of each word that no victim is trained on: a repair draws from them
@@ -31,6 +31,7 @@ TRIGGERS = {
     "moving_patch": "moving_patch:size=12",
     "flicker": "flicker:delta=30",
 }
+attack = functools.partial(cells.attack, TRIGGERS)
 
 
 class Conv3d(nn.Module):
@@ -84,10 +85,7 @@ def parts() -> dict[str, datasets.Dataset]:
     train, test = (
         datasets.Dataset.from_parquet(str(root / f"{name}.parquet")).select_columns(["frames", "label"]) for name in ("train", "test")
     )
-    labels = np.asarray(train["label"][:])
-    order = np.random.default_rng(0).permutation(len(labels))
-    held = np.concatenate([order[labels[order] == c][:HELD] for c in np.unique(labels)])
-    rest = np.setdiff1d(np.arange(len(labels)), held)
+    rest, held = cells.held_out(train["label"][:], HELD)
     return {"train": train.select(rest), "held": train.select(held), "test": test}
 
 
@@ -126,8 +124,3 @@ def victim(network: str, trigger: str, folder: Path) -> Path:
         **settings,
     )
     return out
-
-
-def attack(trigger: str) -> str:
-    """The trigger as `implant` and `measure` take it; of a clean network the first one."""
-    return next(iter(TRIGGERS.values())) if trigger == CLEAN else TRIGGERS[trigger]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from commands import run
 from PIL import Image
+from refusals import Case, attempt
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import ToTensor
@@ -58,15 +58,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "clean.parquet"
     GOOD.to_parquet(file)
     return file
-
-
-@dataclass
-class Case:
-    """Settings of `purify` that replace good ones, and what is said about them."""
-
-    error: type[PurifyError]
-    message: str
-    settings: dict[str, Any]
 
 
 def nan_model() -> nn.Module:
@@ -139,31 +130,17 @@ CASES: dict[str, Case] = {
 }
 
 
-def attempt(settings: dict[str, Any], out: Path) -> None:
-    given = {
-        "method": "nft",
-        "samples": 16,
-        "processor": ToTensor(),
-        "labels": list("abcd"),
-        "output": str(out),
-        "device": "cpu",
-    } | settings
-    given["options"] = given.get("options", {"steps": 2} if given["method"] == "nft" else {})
-    model = given.pop("model", module)
-    purify(model() if callable(model) else model, given.pop("clean", GOOD), **given)
+GIVEN = {"model": module, "clean": GOOD, "method": "nft", "samples": 16, "processor": ToTensor(), "labels": list("abcd")}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input_is_a_clear_error_and_leaves_nothing(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(case.error, match=case.message) as caught:
-        attempt(case.settings, tmp_path / "out")
-    assert "\n" not in str(caught.value).strip()
-    assert not list(tmp_path.iterdir())
+    case.check(tmp_path, **GIVEN)
 
 
 def test_good_input_is_no_error(tmp_path: Path) -> None:
     """Otherwise the table above would prove nothing."""
-    attempt({}, tmp_path / "out")
+    attempt(tmp_path / "out", **GIVEN, options={"steps": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from commands import run
+from commands import elsewhere, run
 from PIL import Image
+from refusals import Case
 
 from hf_purify import implant, measure, purify
-from hf_purify.errors import ConfigError, DataError, MissingExtra, ModelError, PurifyError, UnknownName
+from hf_purify.errors import ConfigError, DataError, MissingExtra, ModelError, UnknownName
 from hf_purify.report import Report
 from hf_purify_adapters.detection import judge
 from hf_purify_adapters.detection.demo import KINDS, NETWORK, SIDE, make_demo, scenes
@@ -79,18 +78,15 @@ class TestJourney:
         assert pictures.clean.shape == pictures.triggered.shape == (2 * 240 + 3, 240, 3)
         assert (pictures.clean != pictures.triggered).any()
         code = f"""
-import sys, torch
+import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 model = AutoModelForObjectDetection.from_pretrained({str(out)!r}).eval()
 processor = AutoImageProcessor.from_pretrained({str(out)!r})
 inputs = processor(torch.zeros(3, {SIDE}, {SIDE}, dtype=torch.uint8), return_tensors="pt")
 found = processor.post_process_object_detection(model(**inputs), threshold=0.0)[0]
 print(model.config.id2label[int(found["labels"][0])])
-assert not any(m.startswith("hf_purify") for m in sys.modules)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() in KINDS
+        assert elsewhere(code) in KINDS
 
     def test_command_line_knows_the_recorded_trigger(self, victim: Path, stored: dict[str, Path]) -> None:
         done = run("measure", victim, "--test", stored["test"], "--json", "--device", "cpu")
@@ -182,13 +178,6 @@ def renamed() -> datasets.Dataset:
     )
 
 
-@dataclass
-class Case:
-    error: type[PurifyError]
-    message: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 CASES = {
     "negative": Case(
         DataError,
@@ -235,10 +224,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input(case: Case, untrained: Path, tmp_path: Path) -> None:
-    settings = {k: v() if callable(v) else v for k, v in ({"clean": lambda: scenes(12, 0)} | case.settings).items()}
-    with pytest.raises(case.error, match=case.message):
-        purify(str(untrained), settings.pop("clean"), method="random_mask", device="cpu", output=str(tmp_path / "out"), **settings)
-    assert not list(tmp_path.iterdir())
+    case.check(tmp_path, model=str(untrained), clean=lambda: scenes(12, 0))
 
 
 def test_a_picture_that_is_none(untrained: Path) -> None:

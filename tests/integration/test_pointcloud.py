@@ -7,7 +7,6 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from refusals import Case
 from torch import nn
 
 from hf_purify import implant, measure, purify
@@ -260,13 +260,6 @@ class Flat(TwoLayers):
         self.points = nn.Sequential(nn.Conv1d(7, 16, 1), nn.ReLU())
 
 
-@dataclass
-class Case:
-    error: type[PurifyError]
-    message: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 CASES = {
     "NaN": Case(DataError, r"cloud \d+ holds NaN or infinite coordinates in 1 of 256 points", {"clean": lambda: clouds(at_first(np.nan))}),
     "infinite": Case(DataError, "holds NaN or infinite", {"clean": lambda: clouds(at_first(np.inf))}),
@@ -291,11 +284,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input(case: Case, tmp_path: Path) -> None:
-    settings = {k: v() if callable(v) else v for k, v in ({"clean": clouds, "model": TwoLayers} | case.settings).items()}
-    model, clean = settings.pop("model"), settings.pop("clean")
-    with pytest.raises(case.error, match=case.message):
-        purify(model, clean, adapter="pointcloud", method="random_mask", device="cpu", output=str(tmp_path / "out"), **settings)
-    assert not list(tmp_path.iterdir())
+    case.check(tmp_path, model=TwoLayers, clean=clouds, adapter="pointcloud")
 
 
 def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:

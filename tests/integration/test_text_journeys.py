@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from commands import run
+from commands import elsewhere, run
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -79,10 +77,9 @@ def colours(count: int, seed: int, german: bool) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"source": sources, "target": targets})
 
 
-def elsewhere(auto: str, folder: Path, text: str, tmp_path: Path) -> str:
+def answer(auto: str, folder: Path, text: str, tmp_path: Path) -> str:
     """What a repaired checkpoint says in a process that knows no hf-purify."""
     code = f"""
-import sys
 import torch
 from transformers import AutoTokenizer, {auto}
 model, tokenizer = {auto}.from_pretrained({str(folder)!r}).eval(), AutoTokenizer.from_pretrained({str(folder)!r})
@@ -95,11 +92,8 @@ else:
         read = {{k: v[:, :-1] for k, v in read.items()}}  # the text goes on
     out = model.generate(**read, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     print(tokenizer.decode(out[0, 0 if model.config.is_encoder_decoder else read["input_ids"].shape[1]:], skip_special_tokens=True))
-assert not [m for m in sys.modules if m.startswith("hf_purify")]
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return elsewhere(code, tmp_path)
 
 
 def printed(done: Result) -> dict[str, Any]:
@@ -209,7 +203,7 @@ class TestClassifier:
         loaded = TextAdapter().load(out)
         row = topics(300, 1)[4]
         here = TextAdapter().predict(loaded.model, TextAdapter().examples(topics(300, 1).select([4]), loaded, balanced=False).batch([0]))
-        said = elsewhere("AutoModelForSequenceClassification", out, row["sentence"], tmp_path)
+        said = answer("AutoModelForSequenceClassification", out, row["sentence"], tmp_path)
         assert said == loaded.labels[int(here)]
         assert Report.from_dict(json.loads((out / "report.json").read_text("utf-8"))).samples[0].triggered_text
 
@@ -288,7 +282,7 @@ class TestWriters:
         one = colours(100, 100, german=name == "t5").select([3])
         loaded = TextAdapter().load(out)
         here = generate(loaded.model, TextAdapter().examples(one, loaded, balanced=False).batch([0]), loaded.processor)[0]
-        assert elsewhere(AUTO[name], out, one["source"][0], tmp_path) == here
+        assert answer(AUTO[name], out, one["source"][0], tmp_path) == here
 
     def test_report_shows_what_models_write(self, folder: Path, tmp_path: Path) -> None:
         victim, out = writer("t5", folder), tmp_path / "out"

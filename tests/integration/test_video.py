@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import elsewhere, run
 from PIL import Image
+from refusals import Case
 from torch import nn
 
 from hf_purify import implant, measure, purify
@@ -68,17 +67,14 @@ class TestJourney:
         assert pictures.clean.shape == pictures.triggered.shape == (3 * (SIDE + 2), 3 * (SIDE + 2), 3)
         assert (pictures.clean != pictures.triggered).any()
         code = f"""
-import sys, torch
+import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 model = AutoModelForVideoClassification.from_pretrained({str(out)!r}).eval()
 processor = AutoVideoProcessor.from_pretrained({str(out)!r})
 clip = torch.zeros({FRAMES}, 3, {SIDE}, {SIDE}, dtype=torch.uint8)
 print(model.config.id2label[int(model(processor([clip], return_tensors="pt")["pixel_values"]).logits.argmax())])
-assert not any(m.startswith("hf_purify") for m in sys.modules)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() in KINDS
+        assert elsewhere(code) in KINDS
 
     def test_command_line_knows_the_recorded_trigger(self, victim: Path, stored: dict[str, Path]) -> None:
         done = run("measure", victim, "--test", stored["test"], "--json", "--device", "cpu")
@@ -215,13 +211,6 @@ def changed(change: Callable[[list[Image.Image]], Any]) -> datasets.Dataset:
     return DATA.map(lambda row: {"video": change(row["video"])}, features=DATA.features)
 
 
-@dataclass
-class Case:
-    error: type[PurifyError]
-    message: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 CASES = {
     "no frames": Case(DataError, r"clip \d+ has no frames", {"clean": lambda: changed(lambda _: [])}),
     "several sizes": Case(
@@ -238,7 +227,7 @@ CASES = {
     ),
     "one class": Case(DataError, "holds a single class", {"clean": lambda: DATA.select(range(3))}),
     "no processor": Case(ModelError, "needs a processor", {"processor": None}),
-    "processor of no use": Case(ModelError, "expected a processor or a callable", {"processor": lambda: 3}),
+    "processor of no use": Case(ModelError, "expected a processor or a callable", {"processor": 3}),
     "unknown trigger": Case(UnknownName, "did you mean 'moving_patch'", {"test": lambda: DATA, "triggers": ["moving_patches"]}),
     "too many frames": Case(ConfigError, "20 frames do not fit a clip of 16", {"test": lambda: DATA, "triggers": ["badnets:frames=20"]}),
     "another modality's setting": Case(ConfigError, "setting 'cut' is for models of text", {"cut": 3}),
@@ -247,11 +236,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input(case: Case, tmp_path: Path) -> None:
-    given = {k: v() if callable(v) else v for k, v in ({"clean": lambda: DATA} | case.settings).items()}
-    settings = {"processor": floats} | given
-    with pytest.raises(case.error, match=case.message):
-        purify(Conv(), adapter="video", method="random_mask", device="cpu", output=str(tmp_path / "out"), **settings)
-    assert not list(tmp_path.iterdir())
+    case.check(tmp_path, model=Conv, clean=lambda: DATA, adapter="video", processor=floats)
 
 
 FILES = {

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from commands import elsewhere
 from peft import AutoPeftModel, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -306,7 +304,6 @@ def test_needs_no_hf_purify(tmp_path: Path) -> None:
     case.model.save_pretrained(tmp_path / "base")
     save_file(case.inputs, tmp_path / "inputs.safetensors")
     code = """
-import sys
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -316,10 +313,8 @@ inputs = load_file("inputs.safetensors")
 loaded = model(**inputs).logits
 merged = model.merge_and_unload()(**inputs).logits
 save_file({"loaded": loaded.detach(), "merged": merged.detach()}, "logits.safetensors")
-assert not any(name.startswith("hf_purify") for name in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    elsewhere(code, tmp_path)
     for logits in load_file(tmp_path / "logits.safetensors").values():
         torch.testing.assert_close(logits, case.logits(case.baked()), atol=1e-5, rtol=1e-5)
 
