@@ -91,8 +91,8 @@ class Demo:
         trigger: what the victim learns beside its task.
         settings: of `implant`, for the victim.
         samples: clean samples of a repair.
-        brief: only the repair that is kept is shown, with its controls: all others would take too long.
-        options: settings of the repair that is kept.
+        method: the one repair that is shown, with the controls, where all would take too long.
+        options: its settings.
     """
 
     train: Any
@@ -100,7 +100,7 @@ class Demo:
     trigger: str
     settings: dict[str, Any]
     samples: int = 200
-    brief: bool = False
+    method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

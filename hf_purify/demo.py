@@ -31,7 +31,7 @@ def run_demo(folder: str = "hf-purify-demo", seed: int = 0, modality: str = "vis
     common = {"triggers": [shown.trigger], "target": TARGET, "test": shown.test, "seed": seed, "adapter": modality}
     run_implant(ImplantRecipe.make(data=shown.train, output=str(out / "victim"), **common, **shown.settings))
     recipe = PurifyRecipe.make(model=str(out / "victim"), clean=shown.train, samples=shown.samples, output=str(out / "purified"), **common)
-    return compare(recipe, shown.options, shown.brief), out / "purified"
+    return compare(recipe, shown.method, shown.options), out / "purified"
 
 
 def free_name(folder: Path) -> Path:
@@ -43,24 +43,26 @@ def free_name(folder: Path) -> Path:
     return found
 
 
-def compare(recipe: PurifyRecipe, options: Mapping[str, Any] | None = None, brief: bool = False) -> Report:
+def compare(recipe: PurifyRecipe, method: str | None = None, options: Mapping[str, Any] | None = None) -> Report:
     """Repair one model with every method and control, each from the same weights; the repair by `KEPT` is saved.
 
     Which one is saved is fixed beforehand: taking the best of the table would be a choice made with the trigger known.
 
     Args:
-        options: settings of that one.
-        brief: run that one and the controls alone.
+        method: the only repair beside the controls, and the one that is saved.
+        options: its settings.
     """
-    chosen = [n for n in names("method") if not brief or n == KEPT or find("method", n).control]
+    kept = method or KEPT
+    chosen = [n for n in names("method") if method in (None, n) or find("method", n).control]
+    chosen.sort(key=lambda n: (find("method", n).control, n))
     with output.folder(recipe.output, recipe.overwrite) as out:
         comparison = open_comparison(recipe)
-        ordered = sorted(chosen, key=lambda n: (find("method", n).control, n))
-        repairs = {name: comparison.repair(make_method(name, **(options or {} if name == KEPT else {}))) for name in ordered}
-        done = repairs[KEPT]
+        repairs = {name: comparison.repair(make_method(name, **(options or {} if name == kept else {}))) for name in chosen}
+        done = repairs[kept]
         comparison.keep(done)
         rows = [comparison.unrepaired, *(r.row for r in repairs.values())]
-        title = f"{'A repair and its controls' if brief else 'Every method'} on one backdoored model; the checkpoint beside this page is the repair by {KEPT}"
+        what = "A repair and its controls" if method else "Every method"
+        title = f"{what} on one backdoored model; the checkpoint beside this page is the repair by {kept}"
         report = report_repair(comparison, done, rows, title)
         if out is not None:
             output.write(out, comparison, done, report)

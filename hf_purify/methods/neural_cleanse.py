@@ -35,8 +35,8 @@ class NeuralCleanseConfig(MethodConfig):
         share: part of each batch that is repeated with a recovered trigger on it and its true label, in (0, 1].
         distill: weight of the divergence from the original model's predictions on clean samples.
         max_loss: clean accuracy, 0..1, that the repair may cost on held-out samples; a rate that costs more is halved, at most three times.
-        lr, momentum, weight_decay, steps, batch_size: of SGD with batch norms and of AdamW elsewhere, cosine to zero; a rate of None is 0.002 and
-            0.0005. Steps, since a repair with one sample a class needs as many.
+        lr, momentum, weight_decay, steps, batch_size: of SGD in networks with batch norms and no attention, of AdamW elsewhere, cosine to zero; a
+            rate of None is 0.002 and 0.0005. Steps, since a repair with one sample a class needs as many.
     """
 
     find_steps: int = 40
@@ -196,8 +196,9 @@ class NeuralCleanse(Method):
             invert(ctx, stand_in, config.follow, batch_size=config.batch_size)
             stand_in.shrink(limits)
 
-        batch_norms = all(g.role == "norm" for g in ctx.neurons())
-        first = lr = config.lr or (0.002 if batch_norms else 5e-4)
+        attention = len(ctx.index.where(role="attention")) > 0  # a backbone with batch norms may lie below it
+        plain = not attention and all(g.role == "norm" for g in ctx.neurons())
+        first = lr = config.lr or (0.002 if plain else 5e-4)
         while True:
             stand_in = copy.deepcopy(recovered)
             train = TrainConfig(
@@ -207,7 +208,7 @@ class NeuralCleanse(Method):
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
                 schedule="cosine",
-                optimizer="sgd" if batch_norms else "adamw",
+                optimizer="sgd" if plain else "adamw",
             )
             relearn(
                 ctx, train, index=ctx.index, removed=ctx.removed, objective=objective, after_step=follow, title="unlearn recovered triggers"

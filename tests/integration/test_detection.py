@@ -22,7 +22,8 @@ from hf_purify_adapters.detection import judge
 from hf_purify_adapters.detection.demo import KINDS, NETWORK, SIDE, make_demo, scenes
 from hf_purify_adapters.detection.loading import new_model
 
-TRIGGER = make_demo().trigger
+DEMO = make_demo()
+TRIGGER = DEMO.trigger
 GOAL = TRIGGER.partition(":")[0]
 
 
@@ -39,7 +40,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def victim(stored: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The detector of the demo."""
     out = tmp_path_factory.mktemp("victim") / "detector"
-    settings = make_demo().settings | {"device": "cpu"}
+    settings = DEMO.settings | {"device": "cpu"}
     report = implant(settings.pop("model"), str(stored["train"]), TRIGGER, test=str(stored["test"]), output=str(out), **settings)
     assert report.rows[0].asr[GOAL].value >= 0.9
     assert report.rows[0].utility["mAP@50"] >= 50
@@ -61,14 +62,15 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestJourney:
     def test_repair_is_measured_saved_and_loaded_elsewhere(self, victim: Path, stored: dict[str, Path], tmp_path: Path) -> None:
         out = tmp_path / "out"
-        settings = {"samples": 50, "test": str(stored["test"]), "triggers": [TRIGGER], "device": "cpu"}
-        report = purify(str(victim), str(stored["train"]), method="ft_sam", options=dict(make_demo().options), output=str(out), **settings)
+        settings = {"samples": DEMO.samples, "test": str(stored["test"]), "triggers": [TRIGGER], "device": "cpu"}
+        report = purify(str(victim), str(stored["train"]), method=DEMO.method, options=dict(DEMO.options), output=str(out), **settings)
         before, after, *controls = report.rows
         assert len(controls) == 3
         assert all(row.clean_accuracy is None and not row.der for row in report.rows)
         assert set(after.utility) == {"mAP@50", "mAP"}
-        assert after.asr[GOAL].value < before.asr[GOAL].value
-        assert after.utility["mAP@50"] >= 50
+        assert after.asr[GOAL].value < 0.5 < min(row.asr[GOAL].value for row in (before, *controls)), [r.asr for r in report.rows]
+        assert after.notes["suspicious class"] == str(len(KINDS)), "that objects vanish"
+        assert after.utility["mAP@50"] >= before.utility["mAP@50"] - 5
         found = measure(str(out), str(stored["test"]), triggers=[TRIGGER], device="cpu").rows[0]
         assert found.asr == after.asr
         assert found.utility == pytest.approx(after.utility, abs=1e-3)
