@@ -153,7 +153,8 @@ class DetectionAdapter(Adapter):
         return {name: success(observed, data, untriggered)}, {}  # type: ignore[arg-type]
 
     def wishes(self, raw: Any, label: int, target: int, loaded: Loaded) -> tuple[str, str]:
-        return _counted(raw.objects.categories, loaded), _counted((raw.wanted or raw.objects).categories, loaded)
+        wanted = raw.objects if raw.wanted is None else raw.wanted
+        return _counted(raw.objects.categories, loaded), _counted(wanted.categories, loaded)
 
     def say(self, observed: Any, loaded: Loaded) -> str:
         found: Detections = observed

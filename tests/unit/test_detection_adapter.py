@@ -315,6 +315,14 @@ def test_picture_shows_before_above_after() -> None:
     assert (none[:height] == none[-height:]).all(), "what is not sure enough is not drawn"
 
 
+def test_what_an_attacker_wishes_may_be_nothing() -> None:
+    loaded = ADAPTER.tiny("detr").loaded
+    there, nothing = ADAPTER.wishes(ODA(size=5)(SCENE), 0, 0, loaded)
+    assert there != "nothing"
+    assert nothing == "nothing" == ADAPTER.say(seen(), loaded)
+    assert ADAPTER.wishes(SCENE, 0, 0, loaded) == (there, there)
+
+
 def test_a_plain_module_is_refused() -> None:
     with pytest.raises(ModelError, match="a detector comes from a checkpoint folder of transformers"):
         ADAPTER.load(torch.nn.Linear(2, 2))
