@@ -151,14 +151,16 @@ def _objects(boxes: Any, categories: Any, known: list[int] | None, classes: int,
         raise DataError(f"{what} has {len(boxes)} boxes and {len(categories)} categories")
     if not len(boxes):
         return Objects.none()
-    if any(b is None or len(b) != 4 for b in boxes):
-        raise DataError(
-            f"{what}: a box must be four numbers (x, y, width, height in pixels), got {next(b for b in boxes if b is None or len(b) != 4)}"
-        )
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            raise DataError(f"{what}: a box must be four numbers (x, y, width, height in pixels), got {box}")
+    for category in categories:
+        if not isinstance(category, int):
+            raise DataError(f"{what}: a category must be the number of a class, got {category!r}; cast names to ClassLabel")
     found = torch.tensor(boxes, dtype=torch.float64)
     if not torch.isfinite(found).all():
         raise DataError(f"{what} has a box that is NaN or infinite")
-    numbers = torch.tensor([int(c) for c in categories])
+    numbers = torch.tensor(categories)
     most = classes if known is None else len(known)
     bad = next((int(c) for c in numbers if not 0 <= c < most), None)
     if bad is not None:

@@ -154,17 +154,17 @@ class TestData:
         assert settled(untrained, changed(out)).rows[0].utility["mAP@50"] >= 0
 
 
-def changed(change: Callable[[list[Any]], list[Any]], count: int = 12, names: bool = True) -> datasets.Dataset:
-    """Scenes whose objects were changed."""
+def changed(change: Callable[[list[Any]], list[Any]], count: int = 12, kinds: str | None = None) -> datasets.Dataset:
+    """Scenes whose objects were changed; categories are of a type, or of named classes."""
     data = scenes(count, 0)
     boxes = datasets.List(datasets.List(datasets.Value("float64")))
-    kinds = data.features["objects"]["category"] if names else datasets.List(datasets.Value("int64"))
-    features = datasets.Features({"image": datasets.Image(), "objects": {"bbox": boxes, "category": kinds}})
+    category = datasets.List(datasets.Value(kinds)) if kinds else data.features["objects"]["category"]
+    features = datasets.Features({"image": datasets.Image(), "objects": {"bbox": boxes, "category": category}})
     return datasets.Dataset.from_dict({"image": data["image"][:], "objects": change(data["objects"][:])}, features=features)
 
 
 def first(**objects: Any) -> Callable[[], datasets.Dataset]:
-    return lambda: changed(lambda rows: [{**rows[0], **objects}, *rows[1:]], names=False)
+    return lambda: changed(lambda rows: [{**rows[0], **objects}, *rows[1:]], kinds="int64")
 
 
 def boxed(change: Callable[[list[float]], list[float]]) -> Callable[[], datasets.Dataset]:
@@ -191,6 +191,17 @@ CASES = {
     "NaN": Case(DataError, "a box that is NaN or infinite", {"clean": first(bbox=[[5, 5, float("nan"), 10]], category=[0])}),
     "three numbers": Case(
         DataError, r"a box must be four numbers .*, got \[5.0, 5.0, 9.0\]", {"clean": first(bbox=[[5, 5, 9]], category=[0])}
+    ),
+    "no number": Case(
+        DataError, r"a box must be four numbers .*, got \[5.0, None, 9.0, 9.0\]", {"clean": first(bbox=[[5, None, 9, 9]], category=[0])}
+    ),
+    "no class": Case(
+        DataError, "a category must be the number of a class, got None", {"clean": first(bbox=[[5, 5, 9, 9]], category=[None])}
+    ),
+    "names": Case(
+        DataError,
+        "a category must be the number of a class, got 'disc'; cast names to ClassLabel",
+        {"clean": lambda: changed(lambda rows: [{"bbox": [[5, 5, 9, 9]], "category": ["disc"]}] * len(rows), kinds="string")},
     ),
     "more boxes than categories": Case(DataError, "has 2 boxes and 1 categories", {"clean": first(bbox=[[5, 5, 9, 9]] * 2, category=[0])}),
     "corners": Case(
