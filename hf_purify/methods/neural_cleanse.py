@@ -36,7 +36,7 @@ class NeuralCleanseConfig(MethodConfig):
         distill: weight of the divergence from the original model's predictions on clean samples.
         max_loss: clean accuracy, 0..1, that the repair may cost on held-out samples; a rate that costs more is halved, at most three times.
         lr, momentum, weight_decay, steps, batch_size: of SGD in networks with batch norms and no attention, of AdamW elsewhere, cosine to zero; a
-            rate of None is 0.002 and 0.0005. Steps, since a repair with one sample a class needs as many.
+            rate of None is 0.002 for SGD, 0.001 for attention on a backbone with batch norms, and 0.0005. Steps, since a repair with one sample a class needs as many.
     """
 
     find_steps: int = 40
@@ -196,9 +196,9 @@ class NeuralCleanse(Method):
             invert(ctx, stand_in, config.follow, batch_size=config.batch_size)
             stand_in.shrink(limits)
 
-        attention = len(ctx.index.where(role="attention")) > 0  # a backbone with batch norms may lie below it
-        plain = not attention and all(g.role == "norm" for g in ctx.neurons())
-        first = lr = config.lr or (0.002 if plain else 5e-4)
+        batch_norms = all(g.role == "norm" for g in ctx.neurons())
+        plain = batch_norms and not len(ctx.index.where(role="attention"))
+        first = lr = config.lr or (0.002 if plain else 0.001 if batch_norms else 5e-4)
         while True:
             stand_in = copy.deepcopy(recovered)
             train = TrainConfig(
