@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from hf_purify.adapter import Tiny
 from hf_purify.errors import ConfigError, DataError, ModelError
-from hf_purify.registry import find
+from hf_purify.method import Context
+from hf_purify.registry import find, make_method
 from hf_purify_adapters.detection.augment import AUGMENTATIONS, moved
 from hf_purify_adapters.detection.examples import SceneExamples
 from hf_purify_adapters.detection.judge import success
@@ -328,17 +331,19 @@ def test_a_plain_module_is_refused() -> None:
         ADAPTER.load(torch.nn.Linear(2, 2))
 
 
-def test_what_an_aim_costs_is_judged_beside_what_it_costs_before_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object hides easily and hardly turns into a rare class, in any detector: the one that inversion makes cheap stands out."""
-    from accelerate import Accelerator
-
-    from hf_purify.method import Context
-    from hf_purify.methods import neural_cleanse
-
-    tiny = ADAPTER.tiny("yolos")
+def context(variant: str) -> tuple[Tiny, Context]:
+    """A random detector and what a method sees of it."""
+    tiny = ADAPTER.tiny(variant)
     index = ADAPTER.index(tiny.loaded, tiny.data.batch(torch.arange(2)))
     random = torch.Generator().manual_seed(0)
-    ctx = Context(tiny.loaded.model, ADAPTER, tiny.data, random, Accelerator(cpu=True), "none", index, tiny.data, 4)
+    return tiny, Context(tiny.loaded.model, ADAPTER, tiny.data, random, Accelerator(cpu=True), "none", index, tiny.data, 4)
+
+
+def test_what_an_aim_costs_is_judged_beside_what_it_costs_before_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object hides easily and hardly turns into a rare class, in any detector: the one that inversion makes cheap stands out."""
+    from hf_purify.methods import neural_cleanse
+
+    tiny, ctx = context("yolos")
     asked: list[int] = []
     monkeypatch.setattr(neural_cleanse, "recover", lambda ctx, kind, classes, steps: asked.append(steps) or steps)
     known = {True: torch.tensor([2.0, 0.9, 2.4, 0.6]), False: torch.tensor([2.5, 3.0, 3.0, 0.8])}
@@ -354,3 +359,12 @@ def test_what_an_aim_costs_is_judged_beside_what_it_costs_before_inversion(monke
     found, notes = method._look(ctx)
     assert found is None
     assert "after unlearning" not in notes, "what a detector forgets is seen no more: that tells nothing"
+
+
+@pytest.mark.parametrize(("variant", "rate"), [("rt_detr_v2", 0.001), ("yolos", 5e-4)])
+def test_attention_is_repaired_at_a_rate_of_its_own(variant: str, rate: float) -> None:
+    """SGD at the rate of batch norms left most of the backdoor of a detector whose backbone has some."""
+    _, ctx = context(variant)
+    settings = {"find_steps": 1, "copies": 1, "invert_steps": 1, "steps": 1, "follow": 1, "batch_size": 4}
+    verdict = make_method("neural_cleanse", **settings, cut=1.0, max_loss=1.0).purify(ctx)
+    assert verdict.notes["lr"] == rate
