@@ -105,4 +105,9 @@ def warnings_of(rows: list[Row]) -> list[str]:
             )
     if last is not first and first.clean_accuracy and last.clean_accuracy and first.clean_accuracy.value - last.clean_accuracy.value > 0.02:
         found.append(f"the repair cost {100 * (first.clean_accuracy.value - last.clean_accuracy.value):.1f} points of clean accuracy")
+    for row in rows:
+        if any(name.endswith("within max_loss") and not kept for name, kept in row.notes.items()):
+            found.append(
+                f"{row.name} cost more held-out accuracy than max_loss allows, with the mildest setting that it tries, too: begin milder"
+            )
     return found

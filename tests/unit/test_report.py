@@ -22,6 +22,7 @@ from hf_purify import pictures
 from hf_purify.errors import ConfigError, OutputError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronGroup, ParamSlice
+from hf_purify.provenance import warnings_of
 from hf_purify.report import NeuronLayer, Report, Row, Sample
 
 HOSTILE = "<script>alert(1)</script></td>|`$x_{"
@@ -420,3 +421,12 @@ def test_save_where_a_file_is_in_the_way(report: Report, tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="name another folder"):
         report.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("notes", "warned"), [({"rho": 0.5}, 0), ({"within max_loss": True}, 0), ({"ft_sam.within max_loss": False}, 1)])
+def test_a_repair_that_costs_more_than_it_may_is_warned_of(notes: dict[str, float | bool], warned: int) -> None:
+    before, after = make_row("none", "unrepaired", hits=95), make_row("rnp+ft_sam", "method")
+    after.notes = notes
+    said = [w for w in warnings_of([before, after]) if "max_loss" in w]
+    assert len(said) == warned
+    assert all(w.startswith("rnp+ft_sam cost more held-out accuracy than max_loss allows") for w in said)
