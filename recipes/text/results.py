@@ -19,7 +19,7 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
 - ACC: clean accuracy on the whole test set (SST-2 1,516 full sentences, AG News 2,000). ASR: triggered test texts of other classes that are classified as the target; of a model that writes, those answered with exactly the attacker's
   text (prefix: that begin with it). DER: 100 is a perfect repair that costs nothing; 50 is no repair. BLEU (sacrebleu), chrF, and perplexity of the right answers. All but perplexity in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over
   triggers, each with the mean of its seeds.
-- The `neural_cleanse` and `ft_sam` rows of models that write are from commit 47d06a5: they weighted each token alike then, and each text alike now. Not run again since.
+- The `neural_cleanse` row of the translator without a backdoor is from commit 47d06a5, when each token was weighted alike and not each text; it leaves that model as it is, so that weights have no part in it.
 - ULRL has no row on the LoRA: its relearning diverges there (the loss becomes NaN), which it says.
 - Seconds are wall time on one core of a machine that ran other things, too; on AG News that of `neural_cleanse-long` with badnets was paused for most of its 1,862.
 - **What was chosen with a victim's ASR in view.** How Neural Cleanse looks for words in classifiers was developed on other victims of the same shapes: SST-2 with the words `cf` (target 1), "no cross
@@ -30,7 +30,7 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
   they do without a backdoor (below) would have 90.5. On AG News it is 76.9: a style is missed, since none of its words leads far alone (its class costs .83 of the next, .70 is asked);
   sentence, frame and look-alikes go in part, since two words of a time stand for four and more. Four at a time took a development victim's sentence to an ASR of 12.5 % and cost 6.4 points;
   with what the model says of texts with random words held fast besides, to 18.1 % for 2.8 points (two at a time: 25.4 % for 2.0). It is not the default: the rest of the table would have to be run anew.
-  Models that write: an ASR of 5 % at 10 % of BLEU or perplexity is reached by the translator and the LoRA; the caption writer trained whole loses 12.3 %.
+  Models that write: an ASR of 5 % at 10 % of BLEU or perplexity is reached by the translator and the LoRA; the caption writer trained whole loses 12.7 %.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.text.matrix --networks bert_sst2 --triggers badnets --methods rnp --seeds 0,1,2`.
 """
