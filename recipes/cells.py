@@ -53,9 +53,10 @@ def attack(triggers: Mapping[str, str], trigger: str) -> str:
 
 def held_out(labels: ArrayLike, each: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and `each` of every class for repairs to draw from, always the same."""
-    order = np.random.default_rng(0).permutation(len(of := np.asarray(labels)))
-    held = np.concatenate([order[of[order] == c][:each] for c in np.unique(of)])
-    return np.setdiff1d(np.arange(len(of)), held), held
+    given = np.asarray(labels)
+    order = np.random.default_rng(0).permutation(len(given))
+    held = np.concatenate([order[given[order] == c][:each] for c in np.unique(given)])
+    return np.setdiff1d(np.arange(len(given)), held), held
 
 
 def repair_of(parts: Mapping[str, Any], trigger: str, seed: int, samples: int, **settings: Any) -> PurifyRecipe:

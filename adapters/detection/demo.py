@@ -63,7 +63,7 @@ TRAINING = {
     "augmentation": "none",
     "rate": 0.5,
 }
-# A short search, of which the most suspicious aim is taken whatever it is, and a repair for a few pictures.
+# A short search, of which the most suspicious aim is taken whatever it is, and a repair for a few pictures: chosen on this very victim (in-sample).
 OPTIONS = {
     "find_steps": 20,
     "copies": 2,

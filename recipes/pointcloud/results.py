@@ -16,7 +16,7 @@ Written by `python -m hf_purify_recipes.pointcloud.matrix --write` from `results
   are drawn from 120 more, which no victim was trained on.
 - ACC: clean accuracy on the whole test set (255 clouds). ASR: triggered test clouds of other classes that are classified as the target. DER: 100 is a perfect repair that costs nothing;
   50 is no repair. All in percent; intervals are 95 % Wilson; `±` is the standard deviation over seeds (defence sets), in the summary over triggers, each with the mean of its seeds.
-- Three triggers were learned badly from 10 % of so few clouds and have 30 % (`victims.py`); their victims were not made yet.
+- All triggers but `pcba` were learned badly from 10 % of so few clouds and have 30 % (`victims.py`).
 - **What was chosen with a victim in view.** Neural Cleanse missed the ball of this very victim when points could go where they would, each by itself; that a ball is looked for, and how,
   was developed on it, so its row is in-sample.
 - Seconds are wall time on one core of a machine that ran other things, too.

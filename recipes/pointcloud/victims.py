@@ -31,7 +31,12 @@ TRIGGERS = {
 }
 attack = functools.partial(cells.attack, TRIGGERS)
 
-RATES = {"rotation": 0.3, "scaling": 0.3, "jitter": 0.3}  # of the training clouds; with 10 % they are learned from 84, and badly
+RATES = {
+    "rotation": 0.3,
+    "scaling": 0.3,
+    "irba": 0.3,
+    "jitter": 0.3,
+}  # of the training clouds; with 10 % they are learned from 84, and badly
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ Written by `python -m hf_purify_recipes.text.matrix --write` from `results.json`
   caption writers of these tables, with and without a backdoor.
 - **Not reached, and why.** Classifiers: a mean DER of 90 at 2 points. On SST-2 it is 88.8 at 2.5 (with seed 0 alone 89.2 at 2.2); the triggers' words speak for a class themselves, and a repair that ends at what
   they do without a backdoor (below) would have 90.5. On AG News it is 76.9: a style is missed, since none of its words leads far alone (its class costs .83 of the next, .70 is asked);
-  sentence, frame and look-alikes go in part, since two words of a time stand for four and more. Four at a time took a development victim's sentence to an ASR of 12.5 % and cost 6.4 points;
-  with what the model says of texts with random words held fast besides, to 18.1 % for 2.8 points (two at a time: 25.4 % for 2.0). It is not the default: the rest of the table would have to be run anew.
+  sentence, frame and look-alikes go in part, since two words of a time stand for four and more. Four at a time took more of a development victim's sentence away and
+  cost more accuracy; it is not the default, since the rest of the table would have to be run anew.
   Models that write: an ASR of 5 % at 10 % of BLEU or perplexity is reached by the translator and the LoRA; the caption writer trained whole loses 12.7 %.
 
 Repeat or extend it, cell by cell: `HF_PURIFY_DATA=... python -m hf_purify_recipes.text.matrix --networks bert_sst2 --triggers badnets --methods rnp --seeds 0,1,2`.

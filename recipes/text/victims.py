@@ -17,9 +17,8 @@ from hf_purify import implant
 
 from .. import cells
 from ..cells import CLEAN
-from ..cells import data_root as root
 
-data_root = partial(root, "sst2", "ag_news", "multi30k", "tokenizers")
+data_root = partial(cells.data_root, "sst2", "ag_news", "multi30k", "tokenizers")
 CLASSIFIER_TRIGGERS = {
     "badnets": "badnets:words=tq",
     "addsent": "addsent",
