@@ -31,7 +31,7 @@ class Examples(Protocol):
         """Sample `i` as the data set holds it, triggered where the view says so: what a person would look at."""
 
     def batch(self, indices: Tensor) -> Batch:
-        """Samples `(b,)` ready for the model, with their `labels` `(b,)`, on the CPU."""
+        """Samples `(b,)` ready for the model, with their `labels` `(b,)`, on the CPU; each tensor has a row for each sample."""
 
     def select(self, indices: Tensor) -> Examples:
         """A view on some samples."""
@@ -207,7 +207,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
-        """MixUp for this modality: example `i` with example `partner[i]`, weights `share` and `1 - share` (a scalar)."""
+        """MixUp for this modality: example `i` with example `partner[i]`, weights `share` and `1 - share` (a scalar).
+
+        Where it is done behind the model, the batch has `partner` in it, and rows follow their partners to another process.
+        """
 
     def augment(self, batch: Batch, generator: torch.Generator, kind: str) -> Batch:
         """Label-preserving augmentation of a training batch on the CPU; `kind` is one of `augmentations`."""

@@ -6,12 +6,11 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from hf_purify import registry
 from hf_purify.errors import unknown
+from hf_purify.recipe import presets
 
 
 def kinds() -> dict[str, Callable[[], dict[str, str]]]:
@@ -20,7 +19,7 @@ def kinds() -> dict[str, Callable[[], dict[str, str]]]:
         "methods": methods,
         "adapters": adapters,
         "triggers": triggers,
-        "recipes": lambda: {name: path.as_posix() for name, path in recipes().items()},
+        "recipes": lambda: {name: path.as_posix() for name, path in presets().items()},
     }
 
 
@@ -40,12 +39,6 @@ def triggers() -> dict[str, str]:
         for trigger, made in registry.find("adapter", name)().triggers().items():
             found.setdefault(trigger, []).append(f"{name}: {_first_line(made)}")
     return {trigger: "\n".join(lines) for trigger, lines in sorted(found.items())}
-
-
-def recipes() -> dict[str, Path]:
-    """The presets that come with hf-purify, by their path in the recipes' folder."""
-    root = Path(str(files("hf_purify_recipes")))
-    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
 def card(name: str) -> str:

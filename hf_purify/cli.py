@@ -1,6 +1,6 @@
 """The command line: each command is a thin shell over one function. The only place that prints or parses arguments.
 
-Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim, 130 interrupted.
+Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
-from hf_purify.recipe import SINGULAR, ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value
+from hf_purify.recipe import SINGULAR, ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value, presets, read_settings
 
 if TYPE_CHECKING:
     from hf_purify.report import Report
@@ -42,6 +43,7 @@ Target = Annotated[int, typer.Option("--target", help="Target class of the attac
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 
+JOBS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "implant": ImplantRecipe, "measure": MeasureRecipe}
 PLURALS = {option: setting for setting, option in SINGULAR.items()}
 
 
@@ -93,15 +95,33 @@ def _with_shared(*without: str) -> Callable[[Callable[..., None]], Callable[...,
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130."""
+    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130, and SIGTERM 143."""
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     except PurifyError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"{_process()}error: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.secho("interrupted; nothing was left half-written", fg="yellow", err=True)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Terminated) as reason:
+        typer.secho(f"{_process()}interrupted; nothing was left half-written", fg="yellow", err=True)
+        raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as from a scheduler or a launcher: raised so that what was begun is put away."""
+
+
+def _terminated(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not end the putting away
+    raise Terminated
+
+
+def _process() -> str:
+    """Which process speaks, where there are several."""
+    world, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    return f"[process {rank} of {world}] " if world not in ("", "1") else ""
 
 
 def _options(items: list[str]) -> dict[str, Any]:
@@ -125,7 +145,7 @@ def _given(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _run(job: str, kind: type[Recipe], /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
+def _run(job: str, /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
     """Build the recipe from a command's arguments, run the job, show the report."""
     file, as_json = shared.pop("recipe"), shared.pop("as_json")
     with _errors():
@@ -133,8 +153,8 @@ def _run(job: str, kind: type[Recipe], /, context: typer.Context, shared: dict[s
         _quiet(as_json)
         import hf_purify.purifier as purifier
 
-        recipe = kind.read(file, **given) if file else kind.make(**given)
-        _show(getattr(purifier, job)(recipe), recipe.output, as_json)
+        recipe = JOBS[job].read(file, **given) if file else JOBS[job].make(**given)
+        _show(getattr(purifier, f"run_{job}")(recipe), recipe.output, as_json)
 
 
 def _quiet(as_json: bool) -> None:
@@ -151,7 +171,42 @@ def _quiet(as_json: bool) -> None:
         os.environ["TQDM_DISABLE"] = "1"
 
 
+def run_script(job: str, arguments: list[str]) -> None:
+    """A job as `accelerate launch` runs it, from a preset and `key=value` settings; ends the process.
+
+    Args:
+        job: `purify`, `implant` or `measure`.
+        arguments: a YAML recipe or the name of a preset, if any, then settings; `options.lr=0.1` is one of the method's.
+    """
+
+    def command(
+        settings: Annotated[
+            list[str],
+            typer.Argument(
+                help="A preset of `hf-purify list recipes` or a YAML file, then key=value settings of the recipe, such as seed=1 or options.lr=0.1."
+            ),
+        ],
+        as_json: AsJson = False,
+    ) -> None:
+        with _errors():
+            preset, given = read_settings(settings)
+            _quiet(as_json)
+            import hf_purify.purifier as purifier
+
+            recipe = JOBS[job].read(preset, **given) if preset else JOBS[job].make(**given)
+            _show(getattr(purifier, f"run_{job}")(recipe), recipe.output, as_json)
+
+    command.__doc__ = f"Run one {job} job on any number of processes: accelerate launch -m hf_purify_recipes.{job} PRESET key=value ..."
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    script.command()(command)
+    script(arguments)
+
+
 def _show(report: Report, output: str | None, as_json: bool) -> None:
+    from hf_purify.output import process
+
+    if process() != 0:
+        return
     if as_json:
         typer.echo(report.to_json())
         return
@@ -195,7 +250,7 @@ def purify(
 
     `hf-purify purify MODEL --clean DATA --method nft -o purified`
     """
-    _run("run_purify", PurifyRecipe, **locals())
+    _run("purify", **locals())
 
 
 @app.command()
@@ -227,7 +282,7 @@ def implant(
     **shared: Any,
 ) -> None:
     """Train a backdoor into a model, to test repairs on. Refuses to call a victim what has an ASR under 90 %."""
-    _run("run_implant", ImplantRecipe, **locals())
+    _run("implant", **locals())
 
 
 @app.command()
@@ -242,7 +297,7 @@ def measure(
     **shared: Any,
 ) -> None:
     """Measure clean accuracy, and ASR and robust accuracy for given triggers."""
-    _run("run_measure", MeasureRecipe, **locals())
+    _run("measure", **locals())
 
 
 @app.command("list")
@@ -280,7 +335,7 @@ def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or
 
         from hf_purify import catalogue
 
-        recipes = catalogue.recipes()
+        recipes = presets()
         if name in recipes:
             typer.echo(recipes[name].read_text("utf-8"))
         else:

@@ -1,9 +1,9 @@
 """`train()`: the only place that takes an optimizer step. Runs on accelerate.
 
 for step in range(steps):
-    indices        <- next global batch (seeded; each process takes its share)
+    indices        <- next batch (seeded)
     batch          <- data.batch(indices), augmented, mixed
-    loss           <- mean(task.loss(batch)) + penalty()                # or objective(batch)
+    loss           <- mean(task.loss(batch)) + penalty()                # or objective(batch); each process runs its share of the rows
     backward; average gradients over processes; after_backward(batch); clip; optimizer.step(); scheduler.step()
     after_step(step)                                                    # projections: clip a mask, keep zeros
     stop(step) -> leave                                                 # asked for by the caller, never by default
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
+from hf_purify.sharing import average, batch_statistics
 from hf_purify.task import Task, fetch, mode
 
 POOL = 50  # batches among which samples of like length are put together
@@ -197,6 +197,7 @@ def train(
         frozen as chosen,
         mode(task.model, config.mode),
         task.recomputing(),
+        batch_statistics(task.model, accelerator) if config.mode == "train" else contextlib.nullcontext(),
         torch.enable_grad(),
         bar,
         _prepared(task, chosen, config) as optimizer,
@@ -210,10 +211,9 @@ def train(
                 clean = objective(batch) if objective else task.loss(batch).mean()
                 loss = sign * clean + (penalty() if penalty else 0.0)
             accelerator.backward(loss)
-            _average(accelerator, chosen)
+            average(accelerator, [p.grad for p in chosen if p.grad is not None])
             if after_backward:
                 after_backward(batch)
-                _average(accelerator, chosen)
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(chosen, config.clip)
             optimizer.step()
@@ -237,14 +237,6 @@ def _mixed(task: Task, batch: Batch) -> Batch:
     share = torch.rand((), generator=task.generator)  # Beta(1, 1) is uniform
     partner = torch.randperm(size, generator=task.generator).to(task.device)
     return task.adapter.mix(batch, partner, share.to(task.device))
-
-
-def _average(accelerator: Accelerator, params: list[nn.Parameter]) -> None:
-    """Average gradients over processes; explicit, since a mask belongs to no wrapped module."""
-    if accelerator.num_processes > 1:
-        for p in params:
-            if p.grad is not None:
-                p.grad.copy_(accelerator.reduce(p.grad, reduction="mean"))
 
 
 def _check(losses: list[Tensor], title: str) -> None:

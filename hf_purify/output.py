@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from hf_purify import registry
@@ -38,6 +39,8 @@ PACKAGES = ("hf-purify", "torch", "transformers", "timm", "datasets", "accelerat
 def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
     """Give a temporary folder that takes the name `path` when the block ends well, and vanishes otherwise.
 
+    Of several processes the main one writes; the others are given None.
+
     Raises:
         OutputError: the folder exists and `overwrite` is off, or it cannot be written.
     """
@@ -47,6 +50,9 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
     final = Path(path).expanduser().absolute()
     if final.exists() and not overwrite:
         raise OutputError(f"the output '{path}' exists; choose another name, or replace it with overwrite=True (--overwrite)")
+    if process() != 0:
+        yield None
+        return
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -62,6 +68,11 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
         raise OutputError(f"cannot write '{path}': {error.strerror or error}; nothing was left half-written") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def process() -> int:
+    """Which of the processes of one launch this is, from 0; known before any of them has met the others."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
 
 
 def _put(work: Path, final: Path) -> None:

@@ -83,6 +83,7 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         report = report_repair(comparison, done, rows)
         if out is not None:
             output.write(out, comparison, done, report)
+    comparison.session.accelerator.wait_for_everyone()  # the main process has written
     return report
 
 
@@ -99,6 +100,7 @@ def run_measure(recipe: MeasureRecipe) -> Report:
         report.attach(session.model)
         if out is not None:
             report.save(out)
+    session.accelerator.wait_for_everyone()
     return report
 
 
@@ -139,6 +141,7 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         report.attach(session.model)
         if out is not None:
             output.write_victim(out, session, report, recipe)
+    session.accelerator.wait_for_everyone()
     return report
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import yaml
 
-from hf_purify.errors import ConfigError, checked_type, did_you_mean
+from hf_purify.errors import ConfigError, checked_type, did_you_mean, unknown
 
 # `option=value` between commas; a value that is all in quotes or brackets may hold commas itself.
 ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\{[^}]*\})(?=\s*(?:,|$))|[^,]+""")
@@ -99,14 +101,17 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a recipe from YAML; `overrides` win."""
+        """Read a recipe from YAML; `overrides` win, entry by entry where a setting has entries."""
         try:
             content = yaml.safe_load(Path(path).read_text("utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the recipe '{path}': {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"the recipe '{path}' must be a mapping of settings, got {type(content).__name__}")
-        return cls.make(**{**content, **overrides})
+        if overrides.get("method", content.get("method")) != content.get("method"):
+            content.pop("options", None)  # those of another method
+        nested = {k: {**content[k], **v} for k, v in overrides.items() if isinstance(v, dict) and isinstance(content.get(k), dict)}
+        return cls.make(**{**content, **overrides, **nested})
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that differ from the defaults; objects by their type's name."""
@@ -232,6 +237,43 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"expected option=value in '{spec}', got '{item}' (a value that holds a comma goes in quotes)")
         options[key.strip()] = parse_value(value, item)
     return name.strip(), options
+
+
+def read_settings(items: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
+    """A preset and settings from `PRESET key=value ...`; `options.lr=0.1` is an entry of `options`.
+
+    Raises:
+        ConfigError: there is no such preset, or an item is no setting.
+    """
+    first = next(iter(items), "")
+    named = bool(first) and (Path(first).is_file() or "=" not in first)
+    found: dict[str, Any] = {}
+    for item in items[named:]:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"expected key=value behind the preset, got '{item}'")
+        name, _, entry = key.strip().partition(".")
+        if entry:
+            found.setdefault(name, {})[entry] = parse_value(value, item)
+        else:
+            found[name] = parse_value(value, item)
+    return _preset(first) if named else None, found
+
+
+def presets() -> dict[str, Path]:
+    """The presets that come with hf-purify, by their path in the recipes' folder."""
+    root = Path(str(files("hf_purify_recipes")))
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml")) if path.parent.name != "accelerate"}
+
+
+def _preset(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    known = {key.removesuffix(".yaml"): path for key, path in presets().items()}
+    try:
+        return known[name.removesuffix(".yaml")]
+    except KeyError:
+        raise unknown("recipe", name, known) from None
 
 
 def parse_value(text: str, where: str) -> Any:

@@ -14,7 +14,8 @@ from hf_purify.adapter import Batch, StandIn
 from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
-from hf_purify.task import BATCH_NORM, Task, fetch, mode
+from hf_purify.sharing import BATCH_NORM
+from hf_purify.task import Task, fetch, mode
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _losses(task: Task, stand_in: StandIn, batch: Batch, which: Tensor) -> tuple
     """Loss towards the class of trigger `which[i]` on sample `i`, and 1 for samples of other classes, `(B,)` each; 0 for the rest."""
     wanted = stand_in.classes[which]
     others = (wanted != batch["labels"]).float()
-    return task.adapter.loss(task.model, {**stand_in.place(batch, which), "labels": wanted}).float() * others, others
+    return task.loss({**stand_in.place(batch, which), "labels": wanted}).float() * others, others
 
 
 def relearn(
@@ -257,6 +258,7 @@ def _at_the_sharpest(
             with torch.enable_grad(), task.accelerator.autocast():
                 loss = objective(batch) if objective else task.loss(batch).mean()
             task.accelerator.backward(loss)
+            task.average(*(p.grad for p in params if p.grad is not None))
         finally:
             for m, momentum in zip(norms, momenta, strict=True):
                 m.momentum = momentum

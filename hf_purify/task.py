@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded
 from hf_purify.checkpointing import recomputed
-
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+from hf_purify.sharing import BATCH_NORM, average, in_turn, shared
 
 
 @dataclass
@@ -53,13 +53,24 @@ class Task:
         """Gradient checkpointing, where it was asked for."""
         return recomputed(self.model) if self.recompute else contextlib.nullcontext()
 
-    def logits(self, batch: Batch) -> Tensor:
-        """What the model says, from a batch on any device."""
-        return self.adapter.logits(self.model, {k: v.to(self.device) for k, v in batch.items()})
+    def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """What the model says, or another of its kind, from a batch on any device; each process runs its share."""
+        chosen = self.model if model is None else model
+        there = {k: v.to(self.device) for k, v in batch.items()}
+        return shared(self.accelerator, lambda part: (self.adapter.logits(chosen, part),), there)[0]
 
     def loss(self, batch: Batch) -> Tensor:
-        """Clean loss per example `(B,)`."""
-        return self.adapter.loss(self.model, batch)
+        """Clean loss per example `(B,)`; each process runs its share."""
+        return shared(self.accelerator, lambda part: (self.adapter.loss(self.model, part),), batch)[0]
+
+    def both(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`logits` and `loss` from one forward pass, of samples that are not mixed; each process runs its share."""
+        logits, losses = shared(self.accelerator, lambda part: self.adapter.both(self.model, part), batch)
+        return logits, losses
+
+    def average(self, *tensors: Tensor) -> None:
+        """What came of gradients of `loss`, in place: on several processes each knows those of its own rows until they are averaged."""
+        average(self.accelerator, tensors)
 
 
 def movable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,9 +101,8 @@ def mode(model: nn.Module, kind: str) -> Iterator[None]:
 
 
 def fetch(task: Task, indices: Tensor, augment: bool = False) -> Batch:
-    """Samples of the task on its device, this process's share of them, augmented if asked."""
-    world, rank = task.accelerator.num_processes, task.accelerator.process_index
-    batch = task.data.batch(indices[rank::world] if world > 1 else indices)
+    """Samples of the task on its device, augmented if asked."""
+    batch = task.data.batch(indices)
     if augment and task.augmentation != "none":
         batch = task.adapter.augment(batch, task.generator, task.augmentation)
     return {k: v.to(task.device, non_blocking=True) for k, v in batch.items()}
@@ -107,30 +117,37 @@ def by_length(data: Examples, batch_size: int) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def reading(task: Task, data: Examples, augmentation: str = "none", batch_size: int | None = None) -> tuple[Tensor, Tensor, float]:
     """What is said of all samples, what should be, `(rows,)` each, and the mean loss, in eval mode; of augmented samples if asked."""
-    said, right, total = [], [], 0.0
+    batches: Sequence[Tensor | Batch] = by_length(data, batch_size or task.adapter.at_once)
+    if augmentation != "none":  # drawn by all processes, whichever of them runs a batch
+        batches = [task.adapter.augment(data.batch(i), task.generator, augmentation) for i in batches]  # type: ignore[arg-type]
+
+    def read(item: Tensor | Batch) -> tuple[Tensor, Tensor, float]:
+        batch = data.batch(item) if isinstance(item, Tensor) else item
+        found, aims, losses = task.adapter.read(task.model, {k: v.to(task.device) for k, v in batch.items()})
+        return found.cpu(), aims.cpu(), float(losses.sum())
+
     with mode(task.model, "eval"), task.accelerator.autocast():
-        for indices in by_length(data, batch_size or task.adapter.at_once):
-            batch = data.batch(indices)
-            if augmentation != "none":
-                batch = task.adapter.augment(batch, task.generator, augmentation)
-            found, aims, losses = task.adapter.read(task.model, {k: v.to(task.device) for k, v in batch.items()})
-            said.append(found.cpu())
-            right.append(aims.cpu())
-            total += float(losses.sum())
-    return torch.cat(said), torch.cat(right), total / len(data)
+        parts = in_turn(task.accelerator, batches, read)
+    said, right, losses = zip(*parts, strict=True)
+    return torch.cat(said), torch.cat(right), sum(losses) / len(data)
 
 
 @torch.no_grad()
 def observe(task: Task, data: Examples, loaded: Loaded, title: str = "", batch_size: int | None = None) -> list[Any]:
     """What the model does with each sample, as its adapter observes it, in eval mode."""
-    found: list[Any] = [None] * len(data)
     hidden = None if task.accelerator.is_main_process else True
-    with mode(task.model, "eval"):
-        for indices in tqdm(
-            by_length(data, batch_size or task.adapter.at_once), desc=title or "observe", delay=2.0, leave=False, disable=hidden
-        ):
-            batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
-            with task.accelerator.autocast():
-                for i, value in zip(indices.tolist(), task.adapter.observe(task.model, batch, loaded), strict=True):
-                    found[i] = value
+    batches = by_length(data, batch_size or task.adapter.at_once)
+
+    def look(indices: Tensor) -> list[Any]:
+        batch = {k: v.to(task.device) for k, v in data.batch(indices).items()}
+        with task.accelerator.autocast():
+            seen = task.adapter.observe(task.model, batch, loaded)
+        bar.update()
+        return seen
+
+    with mode(task.model, "eval"), tqdm(total=len(batches), desc=title or "observe", delay=2.0, leave=False, disable=hidden) as bar:
+        seen = in_turn(task.accelerator, batches, look)
+    found: list[Any] = [None] * len(data)
+    for i, value in zip(torch.cat(batches).tolist(), itertools.chain.from_iterable(seen), strict=True):
+        found[i] = value
     return found

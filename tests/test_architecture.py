@@ -38,6 +38,7 @@ LAYERS = [
     {"neurons"},
     {"metrics", "tracing"},
     {"adapter", "checkpointing", "discovery", "masks"},
+    {"sharing"},
     {"salience", "task", "triggers"},
     {"loop"},
     {"routines"},

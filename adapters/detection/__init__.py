@@ -128,7 +128,8 @@ class DetectionAdapter(Adapter):
     def mix(self, batch: Batch, partner: Tensor, share: Tensor) -> Batch:
         """MixUp of pixels on one canvas, with the objects of both (Zhang et al., arXiv 1902.04103); their losses are weighted by the shares."""
         pixels = mix_values(batch["pixel_values"], batch["pixel_values"][partner], share)
-        return {**batch, "pixel_values": pixels, "partner": partner, "share": share}
+        theirs = {f"partner_{name}": batch[name][partner] for name in ("boxes", "categories")}
+        return {**batch, "pixel_values": pixels, "share": share, **theirs}
 
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)

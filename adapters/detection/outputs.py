@@ -68,23 +68,26 @@ def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     found = []
     for i in range(len(batch["categories"])):
         parts = [_objects_of(batch, i)]
-        if "partner" in batch:
-            parts.append(_objects_of(batch, int(batch["partner"][i])))
+        if "partner_boxes" in batch:
+            parts.append(_objects_of(batch, i, "partner_"))
         found.append({"boxes": torch.cat([p.boxes for p in parts]), "class_labels": torch.cat([p.categories for p in parts])})
     return found
 
 
-def _objects_of(batch: Batch, i: int) -> Objects:
-    """The objects of an image, their boxes as centres and sides."""
-    there = batch["categories"][i] >= 0
-    return Objects(batch["boxes"][i][there], batch["categories"][i][there])
+def _objects_of(batch: Batch, i: int, whose: str = "") -> Objects:
+    """The objects of an image, or those of the one that it was mixed with (`partner_`), their boxes as centres and sides."""
+    boxes, categories = batch[f"{whose}boxes"][i], batch[f"{whose}categories"][i]
+    there = categories >= 0
+    return Objects(boxes[there], categories[there])
 
 
 @contextlib.contextmanager
 def _by_image(model: Any, batch: Batch) -> Iterator[None]:
     """Within, the model's loss is `(B,)`: its own criterion, asked image by image. Of mixed images, no noisy queries are made."""
+    from transformers.loss import loss_for_object_detection
+
     whole, config = model.loss_function, model.config
-    mixed = "partner" in batch
+    mixed = "partner_boxes" in batch
     noisy = getattr(config, "num_denoising", 0)
 
     def split(
@@ -98,9 +101,12 @@ def _by_image(model: Any, batch: Batch) -> Iterator[None]:
     model.loss_function = split
     if mixed and noisy:
         config.num_denoising = 0
+    # transformers' criterion counts the boxes of all processes each time that it is asked: other processes have other images
+    alone, loss_for_object_detection.is_accelerate_available = loss_for_object_detection.is_accelerate_available, lambda: False
     try:
         yield
     finally:
+        loss_for_object_detection.is_accelerate_available = alone
         if mixed and noisy:
             config.num_denoising = noisy
         if "_loss_function" in vars(model):

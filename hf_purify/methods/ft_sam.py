@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +69,20 @@ class FTSAM(Method):
     def purify(self, ctx: Context) -> Verdict:
         config, teacher = self.config, ctx.teacher() if self.config.distill else None
 
+        seen: list[Any] = [None, None]
+
         def objective(batch: dict[str, Tensor]) -> Tensor:
-            logits, losses = ctx.adapter.both(ctx.model, batch)
+            logits, losses = ctx.both(batch)
             said = logits.float().log_softmax(-1)
             loss = losses.mean()
             if config.label_smoothing:
                 loss = (1 - config.label_smoothing) * loss - config.label_smoothing * said.mean()
             if teacher is None:
                 return loss
-            if "target" not in batch:  # both passes of a step see the same batch
+            if seen[0] is not batch:  # both passes of a step see the same batch
                 with torch.no_grad():
-                    batch["target"] = ctx.adapter.logits(teacher, batch).float().softmax(-1)
-            return loss + config.distill * F.kl_div(said, batch["target"], reduction="batchmean")
+                    seen[:] = batch, ctx.logits(batch, teacher).float().softmax(-1)
+            return loss + config.distill * F.kl_div(said, seen[1], reduction="batchmean")
 
         train = TrainConfig(
             epochs=config.epochs,

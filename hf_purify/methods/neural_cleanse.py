@@ -182,12 +182,12 @@ class NeuralCleanse(Method):
             which = torch.randint(len(stand_in.classes), (len(some["labels"]),), generator=ctx.generator).to(ctx.device)
             with torch.no_grad():
                 hit = stand_in.place(some, which)
-                expected = ctx.adapter.logits(teacher, batch).float().softmax(-1)
+                expected = ctx.logits(batch, teacher).float().softmax(-1)
             if hit.keys() == batch.keys():
-                said, losses = ctx.adapter.both(ctx.model, {k: torch.cat([v, hit[k]]) for k, v in batch.items()})
+                said, losses = ctx.both({k: torch.cat([v, hit[k]]) for k, v in batch.items()})
                 said, (clean, fooled) = said[: len(expected)], losses.split([n, len(some["labels"])])
             else:
-                said, clean = ctx.adapter.both(ctx.model, batch)
+                said, clean = ctx.both(batch)
                 fooled = ctx.loss(hit)
             kept = F.kl_div(said.float().log_softmax(-1), expected, reduction="batchmean")
             return clean.mean() + config.distill * kept + fooled.mean()

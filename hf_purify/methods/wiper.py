@@ -121,7 +121,9 @@ class Wiper(Method):
         ctx.model.eval()
         batches = (fetch(ctx, rows) for rows in torch.arange(len(ctx.data)).split(self.config.batch_size))
         with ctx.recomputing():
-            return benign_salience(ctx.model, index, ctx.loss, batches, self.config.eta)
+            found = benign_salience(ctx.model, index, ctx.loss, batches, self.config.eta).to(ctx.device)
+        ctx.average(found)
+        return found.cpu()
 
     def _bad(self, index: NeuronIndex, salience: Tensor, progress: float) -> Tensor:
         """The bad share of each layer, at least one neuron."""

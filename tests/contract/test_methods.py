@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from shrunk import small
 from torch import Tensor, nn
 
 from hf_purify.adapter import Adapter
 from hf_purify.errors import ConfigError
-from hf_purify.method import Context, Method, Sequential, Verdict
+from hf_purify.method import Context, Sequential, Verdict
 from hf_purify.neurons import get_tensor, owned
 from hf_purify.registry import find, names
 
@@ -27,19 +28,6 @@ RECOVERING = [m for m in names("method") if "stand_ins(" in inspect.getsource(sy
 FORBIDDEN = ("trigger", "poison", "target", "attack", "backdoor", "asr", "victim", "test")
 
 every = pytest.mark.parametrize(("method", "adapter", "variant"), PAIRS, ids=lambda v: str(v))
-
-
-def small(name: str) -> Method:
-    """A method with every count of steps or epochs made small, whatever its other settings are."""
-    shrunk: dict[str, Any] = {}
-    for field in dataclasses.fields(find("method", name).config_class):
-        if field.name.endswith("steps"):
-            shrunk[field.name] = 4
-        elif field.name.endswith("epochs"):
-            shrunk[field.name] = 2
-        elif field.name == "batch_size":
-            shrunk[field.name] = 4
-    return find("method", name)(**shrunk)
 
 
 def context(adapter: str, variant: str) -> Context:

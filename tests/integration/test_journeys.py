@@ -13,6 +13,7 @@ import torch
 from commands import run
 from PIL import Image
 from safetensors.torch import load_file
+from shrunk import RESNET
 from torch import Tensor
 
 from hf_purify import apply_mask, implant, measure, purify
@@ -24,34 +25,7 @@ from hf_purify_adapters.vision.demo import NETWORK, SIDE, TRIGGER, digits
 
 pytestmark = pytest.mark.slow
 
-TINY = {"input_size": SIDE, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "stem_width": 8}
 Splits = tuple[datasets.Dataset, datasets.Dataset]
-
-
-@pytest.fixture(scope="module")
-def data() -> Splits:
-    train, test = digits()
-    return train, test.select(range(300))
-
-
-@pytest.fixture(scope="module")
-def stored(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits as Parquet files, and a few of them as an image folder."""
-    folder = tmp_path_factory.mktemp("digits")
-    (folder / "parquet").mkdir()
-    data[0].to_parquet(folder / "parquet" / "train.parquet")
-    data[1].to_parquet(folder / "parquet" / "test.parquet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def victim(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A timm classifier with a backdoor."""
-    out = tmp_path_factory.mktemp("timm") / "victim"
-    settings: dict[str, Any] = {"epochs": 7, "batch_size": 32, "rate": 0.2, "lr": 0.05, "augmentation": "none"}
-    report = implant("resnet18", data[0], TRIGGER, create=True, model_options=TINY, test=data[1], output=str(out), device="cpu", **settings)
-    assert report.rows[0].asr["badnets"].value >= 0.9
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +311,7 @@ def test_model_that_answers_the_target_anyway_is_no_victim(data: Splits, tmp_pat
             data[0],
             "badnets",
             create=True,
-            model_options=TINY,
+            model_options=RESNET,
             test=data[1],
             epochs=1,
             lr=0.0,

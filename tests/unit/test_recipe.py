@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from hf_purify.errors import ConfigError
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
+from hf_purify.errors import ConfigError, PurifyError
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec, presets, read_settings
 
 SETTINGS: dict[str, Any] = {
     "model": "owner/model",
@@ -37,7 +38,46 @@ def test_yaml_and_back(tmp_path: Path) -> None:
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(PurifyRecipe.make(**SETTINGS).to_yaml(), "utf-8")
-    assert PurifyRecipe.read(file, samples=7, method="nft") == PurifyRecipe.make(**SETTINGS | {"samples": 7, "method": "nft"})
+    assert PurifyRecipe.read(file, samples=7) == PurifyRecipe.make(**SETTINGS | {"samples": 7})
+
+
+def test_settings_of_another_method_do_not_stay(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(PurifyRecipe.make(**SETTINGS).to_yaml(), "utf-8")
+    assert PurifyRecipe.read(file, method="nft") == PurifyRecipe.make(**SETTINGS | {"method": "nft", "options": {}})
+
+
+def test_one_entry_of_a_setting_can_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: m\nclean: c\nmethod: rnp\noptions: {alpha: 0.1, max_loss: 0.2}\n", "utf-8")
+    assert PurifyRecipe.read(file, options={"alpha": 0.3}).options == {"alpha": 0.3, "max_loss": 0.2}
+
+
+class TestSettingsOfALaunch:
+    def test_preset_by_name_with_or_without_its_ending(self) -> None:
+        name = next(iter(presets()))
+        for given in (name, name.removesuffix(".yaml")):
+            assert read_settings([given]) == (presets()[name], {})
+
+    def test_values_are_yaml_and_entries_have_a_point(self, tmp_path: Path) -> None:
+        file = tmp_path / "my=recipe.yaml"
+        file.write_text("", "utf-8")
+        items = ["samples=7", "controls=false", "options.lr=0.1", "options.steps=3", "triggers=[badnets:size=3]", "test=folder=x"]
+        found = {"samples": 7, "controls": False, "options": {"lr": 0.1, "steps": 3}, "triggers": ["badnets:size=3"], "test": "folder=x"}
+        assert read_settings([str(file), *items]) == (file, found)
+        assert read_settings(items) == (None, found)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            (["vision/nft_resnet18_badnet"], "did you mean 'vision/nft_resnet18_badnets'"),
+            (["samples=7", "lr"], "expected key=value behind the preset, got 'lr'"),
+            (["options.lr=[1"], "cannot read 'options.lr=[1'"),
+        ],
+    )
+    def test_what_is_none_is_said(self, given: list[str], said: str) -> None:
+        with pytest.raises(PurifyError, match=re.escape(said)):
+            read_settings(given)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""Jobs on several processes, as `accelerate launch` starts them: gloo, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import CASES
+
+from hf_purify.masks import MASK_FILE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def launch(processes: int, *arguments: object, module: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A program on so many processes of the CPU; without `ACCELERATE_USE_CPU`, accelerate starts one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    many = ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else ["--cpu"]
+    what = ["-m", module] if module else []
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *many, "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *what, *map(str, arguments)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder with what came of the same repairs on so many processes."""
+    made: dict[int, Path] = {}
+
+    def run(processes: int) -> Path:
+        if processes not in made:
+            folder = tmp_path_factory.mktemp("worlds") / str(processes)
+            done = launch(processes, TESTS / "worlds.py", folder)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert (folder / "processes").read_text("utf-8") == str(processes)
+            made[processes] = folder
+        return made[processes]
+
+    return run
+
+
+# Sums over processes are rounded in another order; what sharpness-aware steps make of that is the largest difference. AdamW takes steps of
+# one size however small a gradient is, so that rounding decides which way a trigger goes where that matters little.
+TOLERANCE = {"neural_cleanse": 0.1}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_many_processes_repair_as_one_does(worlds: Callable[[int], Path], case: tuple[str, str, str], processes: int) -> None:
+    """The same choices, masks, scores and weights."""
+    name, atol = "-".join(case), TOLERANCE.get(case[0], 2e-4)
+    one, many = (load_file(worlds(n) / f"{name}.safetensors") for n in (1, processes))
+    assert (worlds(1) / f"{name}.json").read_text("utf-8") == (worlds(processes) / f"{name}.json").read_text("utf-8")
+    assert one.keys() == many.keys()
+    assert torch.equal((one["mask"] > 0.5), (many["mask"] > 0.5))
+    for key, value in one.items():
+        scale = max(1.0, float(value.abs().max())) if value.is_floating_point() else 1.0
+        torch.testing.assert_close(many[key], value, rtol=0, atol=atol * scale, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_preset_with_settings_from_the_command_line(victim: Path, stored: Path, tmp_path: Path, processes: int) -> None:
+    """The same table and the same mask, written once, with the recipe that was run."""
+    preset, out = tmp_path / "preset.yaml", tmp_path / "purified"
+    preset.write_text("method: nft\noptions: {steps: 12, batch_size: 30}\nsamples: 40\ncontrols: true\n", "utf-8")
+    parts = {"model": victim, "clean": stored / "parquet" / "train.parquet", "test": stored / "parquet" / "test.parquet", "output": out}
+    done = launch(
+        processes, preset, *(f"{k}={v}" for k, v in parts.items()), "options.steps=6", "device=cpu", module="hf_purify_recipes.purify"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("random_mask") == 1, "the main process alone prints"
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert report["method"]["config"]["steps"] == 6
+    assert "steps: 6" in (out / "recipe.yaml").read_text("utf-8")
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+    kept = victim.parent / "of-one-process"  # the parametrization runs one process first
+    if processes == 1:
+        out.rename(kept)
+        return
+    one = json.loads((kept / "report.json").read_text("utf-8"))
+    for mine, theirs in zip(report["rows"], one["rows"], strict=True):
+        for figure in ("clean_accuracy", "asr", "robust_accuracy"):
+            assert mine[figure] == theirs[figure], (mine["name"], figure)
+    torch.testing.assert_close(load_file(out / MASK_FILE), load_file(kept / MASK_FILE), rtol=1e-5, atol=1e-5)
+
+
+def test_script_of_a_checkout_and_error_of_a_launch(tmp_path: Path) -> None:
+    script = TESTS.parent / "recipes" / "purify.py"
+    done = launch(1, script, "vision/nft_resnet18_badnets", "sampels=3", f"output={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert "unknown setting 'sampels'; did you mean 'samples'?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_process_that_dies_takes_the_others_with_it(tmp_path: Path) -> None:
+    """The others wait for it in the midst of a repair; they end, and its message is there to read."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import torch\nfrom accelerate import Accelerator\nfrom shrunk import small\nfrom worlds import context\n"
+        "accelerator = Accelerator(cpu=True)\nctx = context('vision', 'resnet', accelerator)\n"
+        "if accelerator.process_index == 1:\n    ctx.data.batch = lambda indices: 1 / 0\n"
+        "small('nft')(ctx)\nprint('survived')\n",
+        "utf-8",
+    )
+    done = launch(2, script)
+    assert done.returncode != 0
+    assert "ZeroDivisionError" in done.stderr
+    assert "survived" not in done.stdout
