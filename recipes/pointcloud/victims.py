@@ -24,7 +24,7 @@ CLASSES = 20  # the largest ones
 HELD = 6  # clouds of each class that no victim is trained on: a repair draws from them
 TRIGGERS = {
     "pcba": "pcba",
-    "rotation": "rotation:degrees=40,axis=x",
+    "rotation": "rotation:degrees=60,axis=x",
     "scaling": "scaling:factor=0.25,axis=y",
     "irba": "irba:degrees=30,stretch=2.0",
     "jitter": "jitter:sigma=0.12",
@@ -56,7 +56,7 @@ TRAINING = {"optimizer": "adamw", "weight_decay": 0.01, "batch_size": 32, "lr": 
 NETWORKS = {
     "pointnet": Network({"num_points": 256, "hidden_sizes": [64, 64, 192], "head_sizes": [128]}, {"epochs": 60}),
     "dgcnn": Network(
-        {"num_points": 256, "hidden_sizes": [32, 32, 64], "embedding_size": 128, "head_sizes": [64], "neighbors": 12}, {"epochs": 30}
+        {"num_points": 256, "hidden_sizes": [32, 32, 64], "embedding_size": 128, "head_sizes": [64], "neighbors": 12}, {"epochs": 45}
     ),
 }
 
