@@ -90,8 +90,7 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
         raise ModelError(f"'{source}' cannot be read as a transformers model: {str(error).splitlines()[0]}") from error
     if type(parsed) not in auto._model_mapping:
         raise ModelError(f"'{source}' is no {what}: transformers has none for models of type '{parsed.model_type}'")
-    if getattr(parsed, "quantization_config", None):
-        raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
+    check_config(parsed, source)
     if head and parsed.num_labels != head.classes:
         parsed.num_labels = head.classes
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -106,6 +105,12 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
     )
     check_loaded(missing, mismatched, source)
     return model.eval()
+
+
+def check_config(config: Any, source: str) -> None:
+    """Raises ModelError where a config says that the weights are quantized."""
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"the weights of '{source}' are quantized; a repair needs floating-point weights: load the unquantized checkpoint")
 
 
 def check_loaded(missing: Any, mismatched: Any, source: str) -> None:
@@ -185,6 +190,21 @@ def saver(folder: Path) -> Callable[[nn.Module, Path], None]:
         copy_companions(folder, out)
 
     return save
+
+
+def of_live(model: Any, processor: Any, labels: list[str] | None = None) -> Loaded:
+    """A model of transformers that is in memory already, such as a `Trainer`'s, with its processor."""
+    check_config(model.config, type(model).__name__)
+
+    def save(model: Any, out: Path) -> None:
+        model.save_pretrained(out)
+        if hasattr(processor, "save_pretrained"):
+            processor.save_pretrained(out)
+
+    source = model.config.name_or_path or type(model).__name__
+    return Loaded(
+        model, processor, list(labels or class_labels(model.config)), source, "transformers", keys=transformers_keys(model), saver=save
+    )
 
 
 def copy_companions(source: Path, out: Path) -> None:

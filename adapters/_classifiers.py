@@ -14,7 +14,7 @@ from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.neurons import NeuronIndex
 
-from ._checkpoints import check_weights
+from ._checkpoints import check_weights, of_live
 
 
 class Classifier(Adapter):
@@ -112,7 +112,9 @@ def count_classes(loaded: Loaded) -> int:
 
 
 def of_module(model: nn.Module, processor: object, labels: list[str] | None) -> Loaded:
-    """A plain module, which is saved as its weights alone."""
+    """A model that is in memory already; a plain module is saved as its weights alone."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        return of_live(model, processor, labels)
     return Loaded(model, processor, list(labels or []), type(model).__name__, "module", None, None, {}, _save)
 
 

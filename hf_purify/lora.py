@@ -129,6 +129,19 @@ def new_lora(base: Loaded, rank: int) -> Loaded:
     return _loaded(base, peft, f"a LoRA of rank {rank} on {base.source}", None, None, {})
 
 
+def of_live(base: Loaded, peft: Any) -> Loaded:
+    """A model that is in memory already with a LoRA of PEFT in it, to be repaired and saved as one.
+
+    Raises:
+        ModelError: the adapter is no LoRA, or there are several.
+    """
+    kinds = {name: str(getattr(config.peft_type, "value", config.peft_type)) for name, config in peft.peft_config.items()}
+    if list(kinds.values()) != ["LORA"] or list(kinds) != ["default"]:
+        listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise ModelError(f"expected a model with one LoRA named 'default', got {listed}: merge what it has, and repair the merged model")
+    return _loaded(base, peft, f"a LoRA on {base.source}", None, None, {})
+
+
 def has_lora(model: nn.Module) -> bool:
     """Is there an unmerged LoRA in a model?"""
     return any(".lora_" in n for n, _ in model.named_parameters())

@@ -123,10 +123,7 @@ def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
     """The recipe's model with its modality: one that is loaded already, a module, a new one to be trained, or a checkpoint."""
     named = [find("adapter", recipe.adapter)()] if recipe.adapter else []
     if isinstance(recipe.model, (Loaded, torch.nn.Module)):
-        adapter = named[0] if named else find("adapter", "vision")()
-        check_settings(recipe, adapter)
-        loaded = recipe.model
-        return adapter, loaded if isinstance(loaded, Loaded) else adapter.load(loaded, processor=recipe.processor, labels=recipe.labels)
+        return load_live(recipe, named)
     name = str(recipe.model)
     if isinstance(recipe, ImplantRecipe) and recipe.create:
         adapter = creator(recipe)
@@ -154,6 +151,23 @@ def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
     weights = snapshot(loaded.model) if merging else {}
     found, peft = lora.apply_lora(loaded, pulled.folder, wanted, name, pulled.revision)
     return adapter, merge(found, peft, weights) if merging else found
+
+
+def load_live(recipe: Recipe, named: list[Adapter]) -> tuple[Adapter, Loaded]:
+    """A model that is in memory already, with the modality that claims its class; a LoRA of PEFT on one stays a LoRA."""
+    given = recipe.model
+    if isinstance(given, Loaded):
+        adapter = named[0] if named else find("adapter", "vision")()
+        check_settings(recipe, adapter)
+        return adapter, given
+    inside = given.get_base_model() if hasattr(given, "peft_config") and hasattr(given, "get_base_model") else given
+    config = inside.config.to_dict() if hasattr(inside, "config") and hasattr(inside.config, "to_dict") else {}
+    known = [find("adapter", n)() for n in names("adapter")]
+    claiming = [a for a in known if config and a.claims(config | {"architectures": [type(inside).__name__]})]
+    adapter = next(iter([*named, *claiming, find("adapter", "vision")()]))
+    check_settings(recipe, adapter)
+    loaded = adapter.load(inside, processor=recipe.processor, labels=recipe.labels, **prompt(recipe))
+    return adapter, loaded if inside is given else lora.of_live(loaded, given)
 
 
 def load_checkpoint(

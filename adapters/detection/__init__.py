@@ -18,7 +18,7 @@ from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
 from hf_purify.tables import Selection
 
-from .._checkpoints import check_weights
+from .._checkpoints import check_weights, of_live
 from .._classifiers import mix_values
 from .augment import AUGMENTATIONS, moved
 from .demo import make_demo
@@ -47,16 +47,20 @@ class DetectionAdapter(Adapter):
         return any(KIND in a for a in config.get("architectures") or [])
 
     def load(self, source: Any, **options: Any) -> Loaded:
-        """Load a checkpoint folder.
+        """Load a checkpoint folder, or take a model of transformers that is in memory with its image `processor`.
 
         Raises:
             ModelError: no detector, NaN or quantized weights, missing tensors.
         """
         if isinstance(source, nn.Module):
-            raise ModelError(
-                "a detector comes from a checkpoint folder of transformers, with its image processor; save both with save_pretrained first"
-            )
-        loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
+            if KIND not in type(source).__name__ or not hasattr(options.get("processor"), "post_process_object_detection"):
+                raise ModelError(
+                    f"expected a detector of transformers with its image processor (processor=...), got {type(source).__name__} with "
+                    f"{type(options.get('processor')).__name__}"
+                )
+            loaded = of_live(source, options["processor"])
+        else:
+            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"))
         check_weights(loaded.model)
         return loaded
 

@@ -19,7 +19,7 @@ from hf_purify.tables import Selection, class_names, open_data
 
 from .._checkpoints import check_weights
 from .examples import IGNORED, TextExamples, read_texts, text_means
-from .loading import RECORD, check_type, kind_of, known_types, load_folder, new_model
+from .loading import RECORD, check_type, kind_of, known_types, load_folder, load_live, new_model
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
 from .sample import Text
 from .stand_in import Words, reading_words
@@ -41,16 +41,17 @@ class TextAdapter(Adapter):
         return kind_of(config) is not None
 
     def load(self, source: Any, **options: Any) -> Loaded:
-        """Load a checkpoint folder.
+        """Load a checkpoint folder, or take a model that is in memory with its tokenizer as `processor`.
 
         Raises:
             ModelError: no text model, NaN or quantized weights, missing tensors, a tokenizer that does not fit.
             ConfigError: the prompt is not the recorded one.
         """
-        if isinstance(source, nn.Module):
-            raise ModelError("a text model comes from a checkpoint folder, with its tokenizer; save both with save_pretrained first")
         settings = {k: options.get(k) for k in self.settings}
-        loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings, options.get("beside"))
+        if isinstance(source, nn.Module):
+            loaded = load_live(source, options.get("processor"), settings)
+        else:
+            loaded = load_folder(Path(source), str(options.get("name") or source), options.get("revision"), settings, options.get("beside"))
         check_weights(loaded.model)
         return loaded
 

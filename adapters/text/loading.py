@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from hf_purify.adapter import Loaded
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 
-from .._checkpoints import class_labels, load_model, read_config, read_head, read_records, saver, transformers_keys
+from .._checkpoints import class_labels, load_model, of_live, read_config, read_head, read_records, saver, transformers_keys
 from .prompts import CAUSAL, CLASSIFIER, LONGEST, SEQ2SEQ, Prompt
 
 TASKS = {CLASSIFIER: "text-classification", SEQ2SEQ: "text2text-generation", CAUSAL: "text-generation"}
@@ -67,6 +68,27 @@ def load_folder(folder: Path, source: str, revision: str | None, settings: Mappi
     return Loaded(
         model, prompt, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder), task=TASKS[kind]
     )
+
+
+def load_live(model: nn.Module, tokenizer: Any, settings: Mapping[str, Any]) -> Loaded:
+    """A model that is in memory already, such as a `Trainer`'s, with its tokenizer.
+
+    Raises:
+        ModelError: no text model of transformers, or no tokenizer.
+    """
+    config = getattr(model, "config", None)
+    kind = kind_of({"architectures": [type(model).__name__], "is_encoder_decoder": getattr(config, "is_encoder_decoder", False)})
+    if kind is None:
+        raise ModelError(
+            f"expected a text model of transformers ForSequenceClassification, ForConditionalGeneration or ForCausalLM, got {type(model).__name__}"
+        )
+    if not hasattr(tokenizer, "all_special_ids"):
+        raise ModelError(f"a text model needs its tokenizer: processor=..., got {type(tokenizer).__name__}")
+    made = of_live(model, tokenizer)
+    prompt = make_prompt(tokenizer, kind, model, settings, getattr(config, RECORD, None), made.source)
+    if kind == CLASSIFIER:
+        check_classes(config, made.source)
+    return dataclasses.replace(made, processor=prompt, labels=made.labels if kind == CLASSIFIER else [], task=TASKS[kind])
 
 
 def check_classes(config: Any, source: str) -> None:

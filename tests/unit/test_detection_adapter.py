@@ -327,7 +327,7 @@ def test_what_an_attacker_wishes_may_be_nothing() -> None:
 
 
 def test_a_plain_module_is_refused() -> None:
-    with pytest.raises(ModelError, match="a detector comes from a checkpoint folder of transformers"):
+    with pytest.raises(ModelError, match="expected a detector of transformers with its image processor"):
         ADAPTER.load(torch.nn.Linear(2, 2))
 
 
