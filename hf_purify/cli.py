@@ -202,6 +202,16 @@ def run_script(job: str, arguments: list[str]) -> None:
     script(arguments)
 
 
+def run_guarded(job: Callable[[], None]) -> None:
+    """Run a script's job; deliberate errors end the process as those of a command do."""
+    try:
+        with _errors():
+            _quiet(False)
+            job()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+
+
 def _show(report: Report, output: str | None, as_json: bool) -> None:
     from hf_purify.output import process
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from accelerate.utils import get_int_from_env
 from torch import Tensor
@@ -55,7 +56,9 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
         return
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        mine = f".{final.name}.{platform.node()}-"
+        _sweep(final.parent, mine)
+        work = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}.", dir=final.parent))
         work.chmod(0o755)
     except OSError as error:
         raise OutputError(f"cannot write to '{final.parent}': {error.strerror or error}") from error
@@ -73,6 +76,14 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
 def process() -> int:
     """Which of the processes of one launch this is, from 0; known before any of them has met the others."""
     return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove what processes of this machine left that were killed while they wrote."""
+    for left in (f for f in parent.iterdir() if f.name.startswith(prefix)):
+        writer = left.name.removeprefix(prefix).partition(".")[0]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(work: Path, final: Path) -> None:

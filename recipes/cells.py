@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from hf_purify.comparison import open_comparison
 from hf_purify.errors import DataError, Diverged, NotAVictim, PurifyError, unknown
 from hf_purify.metrics import defense_effectiveness_rating
+from hf_purify.output import process
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
 from hf_purify.report import Row
@@ -90,8 +91,10 @@ class Page:
         (self.folder / "RESULTS.md").write_text(self.head + self.tables(cells), "utf-8")
 
     def tables(self, cells: list[dict[str, Any]]) -> str:
-        """Summary, floors, and every cell."""
+        """Summary, floors, and every cell; of models that answer freely, every cell."""
         rows = [c for c in cells if c["kind"] != FLOOR]
+        if not all(c["clean_accuracy"] for c in rows):
+            return freely(rows, self.unit)
         return summary(rows, self.unit) + floors(cells) + details(rows, self.unit, self.untriggered)
 
 
@@ -237,7 +240,9 @@ def row_of(row: Row) -> dict[str, Any]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a cell under another name and rename it."""
+    """Write a cell under another name and rename it; of several processes the main one does."""
+    if process() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_suffix(".tmp")
     work.write_text(json.dumps(content, indent=1), "utf-8")

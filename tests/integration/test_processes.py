@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from worlds import CASES
 
 from hf_purify.masks import MASK_FILE
+from hf_purify.output import folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -102,6 +105,44 @@ def test_script_of_a_checkout_and_error_of_a_launch(tmp_path: Path) -> None:
     done = launch(1, script, "vision/nft_resnet18_badnets", "sampels=3", f"output={tmp_path / 'out'}")
     assert done.returncode != 0
     assert "unknown setting 'sampels'; did you mean 'samples'?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_job_leaves_nothing_half_written(victim: Path, stored: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    """Nor does one that is killed, once another has begun to write there."""
+    out = tmp_path / "purified"
+    command = [
+        sys.executable,
+        "-m",
+        "hf_purify",
+        "purify",
+        victim,
+        "--clean",
+        stored / "parquet" / "train.parquet",
+        "-o",
+        out,
+        "--device",
+        "cpu",
+    ]
+    job = subprocess.Popen([str(c) for c in [*command, "--option", "steps=100000"]], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(5)  # in the midst of the repair
+        job.send_signal(sent)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == code
+    if sent != signal.SIGKILL:
+        assert "interrupted; nothing was left half-written" in said
+    else:
+        assert not out.exists()
+        with folder(str(out), overwrite=False):
+            pass
+        out.rmdir()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,23 @@ def test_nothing_is_left_of_an_interrupted_job(tmp_path: Path, stop: BaseExcepti
     with pytest.raises(type(stop)):
         job()
     assert tree(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_swept_away_and_what_others_write_stays(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    names = {
+        "killed": f".out.{platform.node()}-{ended.stdout.strip()}.abc",
+        "alive": f".out.{platform.node()}-{os.getpid()}.abc",
+        "of another machine": f".out.elsewhere-{ended.stdout.strip()}.abc",
+        "of another output": f".outer.{platform.node()}-{ended.stdout.strip()}.abc",
+    }
+    for name in names.values():
+        fill_later = tmp_path / name
+        fill_later.mkdir()
+        fill(fill_later)
+    with folder(str(tmp_path / "out"), overwrite=False):
+        pass
+    assert {f.name for f in tmp_path.iterdir()} == {"out", *names.values()} - {names["killed"]}
 
 
 def test_existing_folder_is_refused_before_anything_is_done(tmp_path: Path) -> None:
