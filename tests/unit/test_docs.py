@@ -25,13 +25,13 @@ import hf_purify
 import hf_purify.methods
 from hf_purify.cli import PLURALS, app
 from hf_purify.method import Context
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec, presets
 from hf_purify.registry import find, find_trigger, make_method, names
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(presets().values())
 CARDS = {name: ROOT / "hf_purify" / "methods" / f"{name}.md" for name in names("method")}
 CARDS = {name: card for name, card in CARDS.items() if card.with_suffix(".py").is_file()}  # not those of other packages
 DOCUMENTS = [README, CONTRIBUTING, *(card for card in CARDS.values() if card.is_file())]
