@@ -75,6 +75,10 @@ def _shared(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    tracker: Annotated[
+        list[str] | None, typer.Option("--tracker", help="Experiment tracker: tensorboard, trackio, wandb, ... Repeatable.")
+    ] = None,
+    logging_dir: Annotated[str, typer.Option("--logging-dir", help="Folder of trackers that write files.")] = "logs",
     as_json: AsJson = False,
 ) -> None:
     """The options that jobs share; never called, only its signature is read."""

@@ -25,6 +25,7 @@ from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
 from hf_purify.sharing import average, batch_statistics
 from hf_purify.task import Task, fetch, mode
+from hf_purify.tracking import send_losses
 
 POOL = 50  # batches among which samples of like length are put together
 WARM_UP = 1 / 25  # share of the rate that a warm-up starts at, as torch's OneCycleLR does: the first step counts
@@ -190,7 +191,7 @@ def train(
     accelerator, history = task.accelerator, History()
     steps = steps_of(len(task.data), config)
     stream = batches(len(task.data), config, task.generator, task.data.lengths)
-    losses, sign = [], -1.0 if config.ascend else 1.0
+    losses, sent, sign = [], 0, -1.0 if config.ascend else 1.0
     bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
     frozen = trainable(task.model, params)
     with (
@@ -222,12 +223,14 @@ def train(
             losses.append(clean.detach())
             if step % 20 == 0 or step == steps or task.device.type == "cpu":
                 _check(losses, title)
+                sent = _track(task, title, losses, sent, scheduler)
             history.steps = step
             bar.update()
             if after_step:
                 after_step(step)
             if stop and stop(step):
                 break
+    _track(task, title, losses, sent, scheduler)
     history.losses = torch.stack(losses).float().tolist()
     return history
 
@@ -237,6 +240,15 @@ def _mixed(task: Task, batch: Batch) -> Batch:
     share = torch.rand((), generator=task.generator)  # Beta(1, 1) is uniform
     partner = torch.randperm(size, generator=task.generator).to(task.device)
     return task.adapter.mix(batch, partner, share.to(task.device))
+
+
+def _track(task: Task, title: str, losses: list[Tensor], sent: int, scheduler: torch.optim.lr_scheduler.LambdaLR) -> int:
+    """Send the losses that trackers have not got yet; gives how many they have. Trainings of one name are one curve."""
+    if task.accelerator.trackers and len(losses) > sent:
+        name = title or "train"
+        send_losses(task.accelerator, name, losses[sent:], float(scheduler.get_last_lr()[0]), task.taken[name])
+        task.taken[name] += len(losses) - sent
+    return len(losses)
 
 
 def _check(losses: list[Tensor], title: str) -> None:

@@ -29,7 +29,8 @@ from hf_purify.provenance import describe_model, make_report, remarks_of, report
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
-from hf_purify.session import creator, open_session
+from hf_purify.session import Session, creator, open_session
+from hf_purify.tracking import send_figures
 from hf_purify.triggers import poison
 
 
@@ -83,7 +84,7 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         report = report_repair(comparison, done, rows)
         if out is not None:
             output.write(out, comparison, done, report)
-    comparison.session.accelerator.wait_for_everyone()  # the main process has written
+    finish(comparison.session, rows)
     return report
 
 
@@ -100,7 +101,7 @@ def run_measure(recipe: MeasureRecipe) -> Report:
         report.attach(session.model)
         if out is not None:
             report.save(out)
-    session.accelerator.wait_for_everyone()
+    finish(session, report.rows)
     return report
 
 
@@ -141,8 +142,19 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         report.attach(session.model)
         if out is not None:
             output.write_victim(out, session, report, recipe)
-    session.accelerator.wait_for_everyone()
+    finish(session, report.rows)
     return report
+
+
+def finish(session: Session, rows: list[Row]) -> None:
+    """Send the table's figures to trackers, and wait until the main process has written."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found |= {f"{row.name}/clean accuracy": row.clean_accuracy.value} if row.clean_accuracy else {}
+        found |= {f"{row.name}/ASR {trigger}": asr.value for trigger, asr in row.asr.items()}
+        found |= {f"{row.name}/{name}": value for name, value in row.utility.items()}
+    send_figures(session.accelerator, found)
+    session.accelerator.wait_for_everyone()
 
 
 def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:

@@ -19,7 +19,7 @@ ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\
 
 
 # Settings that the command line takes one by one, under a name in the singular.
-SINGULAR = {"triggers": "trigger", "options": "option", "model_options": "model_option", "columns": "column"}
+SINGULAR = {"triggers": "trigger", "options": "option", "model_options": "model_option", "columns": "column", "trackers": "tracker"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Recipe:
         compile: run `torch.compile` on the model.
         channels_last: lay images out channels-last.
         gradient_checkpointing: run layers again in the backward pass, for less memory.
+        trackers: names of experiment trackers, as accelerate has them: `tensorboard`, `trackio`, `wandb`, ...
+        logging_dir: folder of those that write files.
     """
 
     model: Any = None
@@ -80,6 +82,8 @@ class Recipe:
     compile: bool = False
     channels_last: bool = False
     gradient_checkpointing: bool = False
+    trackers: list[str] = field(default_factory=list)
+    logging_dir: str = "logs"
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -95,8 +99,9 @@ class Recipe:
             if key not in hints:
                 raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, hints)} (settings: {', '.join(hints)})")
             settings[key] = checked_type(f"setting '{key}'", value, hints[key])
-        if isinstance(settings.get("triggers"), str):
-            settings["triggers"] = [settings["triggers"]]
+        for key in ("triggers", "trackers"):
+            if isinstance(settings.get(key), str):
+                settings[key] = [settings[key]]
         return cls(**settings)
 
     @classmethod

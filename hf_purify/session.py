@@ -19,6 +19,7 @@ from hf_purify.merged import merge
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
 from hf_purify.task import Task, snapshot
+from hf_purify.tracking import begin, check_trackers
 
 
 @dataclass
@@ -89,7 +90,9 @@ def open_session(recipe: Recipe) -> Session:
         check_layers(loaded.model)
     if recipe.compile:
         loaded.model.compile()
-    return Session(recipe, adapter, accelerator, loaded, adapter.classes(loaded))
+    classes = adapter.classes(loaded)
+    begin(accelerator, recipe.to_dict())
+    return Session(recipe, adapter, accelerator, loaded, classes)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -99,6 +102,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     `Trainer` set up is respected.
 
     Raises:
+        UnknownName, MissingExtra: a tracker is not there.
         ConfigError: the device is not there, or the caller's own `Accelerator` has another one or another precision.
     """
     if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
@@ -106,9 +110,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # accelerate has no public way to start over within a process; its own tests use this one
     if AcceleratorState._shared_state.get("made_by_hf_purify"):
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    check_trackers(recipe.trackers)
     theirs = AcceleratorState._shared_state != {}
     try:
-        accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+        to = {"log_with": recipe.trackers, "project_dir": recipe.logging_dir} if recipe.trackers else {}
+        accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision, **to)
     except ValueError as error:
         raise ConfigError(
             f"this process has an Accelerator already, which does not go with device={recipe.device!r}, precision={recipe.precision!r}; leave "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Task:
         augmentation: name of the adapter's augmentation, `none` for none.
         fixed: names of parameters that stay as they are.
         recompute: layers run again in the backward pass.
+        taken: steps that trackers know of, by the training's title.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Task:
     augmentation: str = "none"
     fixed: frozenset[str] = field(default=frozenset(), kw_only=True)
     recompute: bool = field(default=False, kw_only=True)
+    taken: Counter[str] = field(default_factory=Counter, kw_only=True)
 
     @property
     def device(self) -> torch.device:

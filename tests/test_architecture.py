@@ -38,7 +38,7 @@ LAYERS = [
     {"neurons"},
     {"metrics", "tracing"},
     {"adapter", "checkpointing", "discovery", "masks"},
-    {"sharing"},
+    {"sharing", "tracking"},
     {"salience", "task", "triggers"},
     {"loop"},
     {"routines"},

@@ -336,3 +336,37 @@ def test_other_target_rules_make_victims(rule: str, trigger: str, rate: float, e
     assert report.rows[0].asr[name].value >= 0.9
     assert report.rows[0].asr[name].n == (len(test) if rule == "all-to-all" else sum(label != 0 for label in test["label"]))
     assert report.rows[0].clean_accuracy.value >= 0.9  # type: ignore[union-attr]
+
+
+def test_losses_and_figures_go_to_trackers(victim: Path, stored: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    parts = ["--clean", stored / "parquet" / "train.parquet", "--test", stored / "parquet" / "test.parquet", "--trigger", TRIGGER]
+    job = [
+        "purify",
+        victim,
+        *parts,
+        "--method",
+        "fine_tune",
+        "--option",
+        "epochs=3",
+        "--samples",
+        40,
+        "--held-out",
+        0,
+        "--no-controls",
+        "--json",
+    ]
+    done = run(*job, "--tracker", "tensorboard", "--logging-dir", tmp_path / "logs")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    events = EventAccumulator(str(tmp_path / "logs" / "hf-purify"))
+    events.Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert [e.step for e in found["fine-tune/loss"]] == [0, 1, 2], "an epoch of 40 samples is one step"
+    assert found["fine_tune/ASR badnets"][0].value == pytest.approx(report["rows"][1]["asr"]["badnets"]["value"])
+    assert found["none/clean accuracy"][0].value == pytest.approx(report["rows"][0]["clean_accuracy"]["value"])
+    for name, said in (("tensorbord", "did you mean 'tensorboard'"), ("wandb", "the tracker 'wandb' is not there")):
+        refused = run(*job, "--tracker", name)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
