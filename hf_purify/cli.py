@@ -1,6 +1,7 @@
 """The command line: each command is a thin shell over one function. The only place that prints or parses arguments.
 
-Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim,
+6 some models of a sweep failed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -312,6 +313,49 @@ def measure(
 ) -> None:
     """Measure clean accuracy, and ASR and robust accuracy for given triggers."""
     _run("measure", **locals())
+
+
+@app.command()
+def sweep(
+    models: Annotated[
+        Path, typer.Argument(help="A file with a model a line, with key=value settings of its own behind it; # begins a comment.")
+    ],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value settings of all jobs, such as clean=DATA samples=100.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results and table.")] = Path("sweep"),
+    preset: Annotated[str | None, typer.Option("--recipe", help="A preset of `hf-purify list recipes` or a YAML file.")] = None,
+    job: Annotated[str, typer.Option("--job", help="purify or measure.")] = "purify",
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Jobs at once, each in a process of its own.")] = 1,
+    only: Annotated[int | None, typer.Option("--only", min=1, help="Run this one job alone, from 1: for array jobs of a cluster.")] = None,
+    collect: Annotated[bool, typer.Option("--collect", help="Run nothing; write the table of what is there.")] = False,
+) -> None:
+    """Purify or measure many models, go on after failures and interruptions, and write one table.
+
+    `hf-purify sweep models.txt clean=DATA method=neural_cleanse -o swept --workers 2`
+    """
+    with _errors():
+        _quiet(False)
+        from hf_purify.sweep import FAILED, read_jobs, run_jobs, write_table
+
+        if job not in ("purify", "measure"):
+            raise unknown("job", job, ("purify", "measure"))
+        file, _ = read_settings([preset] if preset else [])
+        _, given = read_settings(["model=", *(settings or [])])
+        jobs = read_jobs(models, output, job, JOBS[job], file, {k: v for k, v in given.items() if k != "model"})
+        if only is not None and only > len(jobs):
+            raise ConfigError(f"--only must be at most {len(jobs)}, the number of jobs in '{models}'; got {only}")
+        chosen = [] if collect else jobs if only is None else jobs[only - 1 : only]
+        try:
+            run_jobs(chosen, workers)
+        finally:
+            rows = write_table(jobs, output) if only is None else []
+        for row in rows:
+            if row["status"] == FAILED:
+                typer.secho(f"failed: {row['model']}: {row['message']}", fg="red", err=True)
+        if rows:
+            counts = ", ".join(f"{sum(r['status'] == s for r in rows)} {s}" for s in dict.fromkeys(r["status"] for r in rows))
+            typer.echo(f"{counts}; written to {output / 'sweep.html'}")
+        if any(j.status == FAILED for j in (jobs if only is None else chosen)):
+            raise typer.Exit(6)
 
 
 @app.command("list")

@@ -50,7 +50,7 @@ LAYERS = [
     {"comparison"},
     {"provenance"},
     {"purifier"},
-    {"callbacks", "demo"},
+    {"callbacks", "demo", "sweep"},
     {"cli"},
     {"__init__", "__main__"},
 ]
