@@ -13,6 +13,7 @@ from typing import Any
 HERE = Path(__file__).parent
 TITLES = {
     "masks-cpu": "one thread of a CPU",
+    "processes-cpu": "one, two and four processes on two cores",
     "runs-compile-cpu": "the options, torch.compile among them",
     "runs-cpu": "stem of CIFAR",
     "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
@@ -103,11 +104,21 @@ def texts(result: dict[str, Any]) -> list[str]:
     return [*out, bounds(result)]
 
 
+def processes(result: dict[str, Any]) -> list[str]:
+    """Tables of processes.py."""
+    s, found = result["settings"], result["processes"]
+    out = [f"Batches of {s['batch']} in all, {s['steps']} steps, {s['repeats']} rounds. {facts(result)}"]
+    sides = list(next(iter(found.values()))["sides"])
+    head = ["side", *(f"{n}: samples/s, / plain" for n in found)]
+    body = [[side, *(f"{r['sides'][side]['samples_per_s']}, {r['sides'][side]['over_plain']}" for r in found.values())] for side in sides]
+    return [*out, rows(head, [*body, ["peak MiB of a process", *(r["peak_mb"] for r in found.values())]]), bounds(result)]
+
+
 def main() -> None:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
-        kind = masks if "shapes" in result else texts if "texts" in result else runs
+        kind = masks if "shapes" in result else texts if "texts" in result else processes if "processes" in result else runs
         parts += [f"### {path.stem}: {TITLES.get(path.stem, result['machine'].get('gpu', 'CPU'))}", *kind(result)]
     readme = HERE / "README.md"
     begin, end = "<!-- tables -->", "<!-- end of tables -->"

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
-from timing import context, finish, interleaved, machine, ratio, seconds, summary, table
+from timing import CLASSES, context, finish, interleaved, machine, network, ratio, seconds, summary, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +30,6 @@ from hf_purify.task import Task
 from hf_purify_adapters.vision import VisionAdapter
 from hf_purify_adapters.vision.examples import ImageExamples
 
-CLASSES = 10
 BOUND = 1.05
 
 
@@ -46,15 +44,6 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
         return F.batch_norm(x, n.running_mean, n.running_var, n.weight * self.mask, n.bias, self.training, n.momentum, n.eps)
-
-
-def network(stem: str) -> nn.Module:
-    """ResNet-18 with random weights; the stem of CIFAR keeps the resolution."""
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=CLASSES)
-    if stem == "cifar":
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    return model.eval()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,6 +24,17 @@ from hf_purify.adapter import Loaded
 from hf_purify.method import Context
 from hf_purify.neurons import NeuronIndex
 from hf_purify_adapters.vision import VisionAdapter
+
+CLASSES = 10
+
+
+def network(stem: str) -> nn.Module:
+    """ResNet-18 with random weights; the stem of CIFAR keeps the resolution."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=CLASSES)
+    if stem == "cifar":
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model.eval()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -58,9 +70,9 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call."""
-    now = clock(device)
+def seconds(call: Callable[[], object], device: torch.device, now: Callable[[], float] | None = None) -> float:
+    """Time of one call, by the device's clock or another."""
+    now = now or clock(device)
     synchronize(device)
     start = now()
     call()
@@ -68,7 +80,9 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return now() - start
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, now: Callable[[], float] | None = None, warm: int = 1
+) -> dict[str, list[float]]:
     """Times of several calls, taken in turns (A B C A B C ...), so that a busy neighbour hits all of them alike.
 
     Every second round runs backwards, so that none always follows the same other one.
@@ -83,7 +97,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, device:
         for turn in range(repeats):
             names = list(calls) if turn % 2 == 0 else list(calls)[::-1]
             for name in names:
-                times[name].append(seconds(calls[name], device))
+                times[name].append(seconds(calls[name], device, now))
     finally:
         gc.enable()
     return times

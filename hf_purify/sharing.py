@@ -80,17 +80,18 @@ class _AllRows(torch.autograd.Function):
         return ctx.world * grads[0][ctx.mine], None
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over processes, in both directions."""
+class _Stacked(torch.autograd.Function):
+    """The values of all processes, `(processes, ...)`, which all processes use."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, accelerator: Accelerator) -> Tensor:
         ctx.accelerator = accelerator
-        return accelerator.reduce(mine.clone(), reduction="sum")
+        return accelerator.gather(mine[None].contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.accelerator.reduce(grads[0].contiguous().clone(), reduction="sum"), None
+        total = ctx.accelerator.reduce(grads[0].contiguous().clone(), reduction="sum")
+        return total[ctx.accelerator.process_index], None
 
 
 @contextlib.contextmanager
@@ -140,16 +141,18 @@ class _WholeBatch(TorchFunctionMode):
     ) -> Tensor:
         axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1, *[1] * (x.dim() - 2)]
         values = x.float()
-        count = torch.full((1,), values.numel() / values.shape[1], device=x.device)
-        total = _Sum.apply(torch.cat([values.sum(axes), count]), self.accelerator)
-        n, mean = total[-1].detach(), total[:-1] / total[-1].detach()
-        centred = values - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(axes), self.accelerator) / n
+        own = values.mean(axes)
+        spread = (values - own.view(shape)).square().sum(axes)
+        count = torch.full_like(own, values.numel() / values.shape[1])
+        means, spreads, counts = _Stacked.apply(torch.stack([own, spread, count]), self.accelerator).unbind(1)
+        n, shares = counts.sum(0).detach(), (counts / counts.sum(0)).detach()
+        mean = (shares * means).sum(0)
+        variance = spreads.sum(0) / n + (shares * (means - mean).square()).sum(0)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean), momentum)
                 running_var.lerp_((variance * n / (n - 1).clamp(min=1)).to(running_var), momentum)
-        out = centred * (variance + eps).rsqrt().view(shape)
+        out = (values - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
         for value, join in ((weight, torch.mul), (bias, torch.add)):
             out = out if value is None else join(out, value.view(shape))
         return out.to(x.dtype)
