@@ -188,7 +188,10 @@ class _Masked:
         """Train under the mask, and fold it into the weights when the training is over; an interrupted one leaves them as they are."""
         trainer: Any = self
         flags = {p: p.requires_grad for p in trainer.model.parameters()}
-        trainer.add_callback(pull := _Pull(self.mask, self.eta))
+        with torch.no_grad():
+            self.mask.fill_(1)  # one that was learned before is in the weights
+        pull = _Pull(self.mask, self.eta)
+        trainer.add_callback(pull)
         try:
             for p in flags:
                 p.requires_grad_(self.train_weights and flags[p])

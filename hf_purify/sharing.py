@@ -56,7 +56,8 @@ def part_of(batch: Batch, rows: Tensor) -> Batch:
     if "partner" not in batch:
         return {k: v[rows] if v.dim() else v for k, v in batch.items()}
     partners = batch["partner"][rows]
-    every = torch.cat([rows, (others := partners.unique())[~torch.isin(others, rows)]])
+    unique = partners.unique()
+    every = torch.cat([rows, unique[~torch.isin(unique, rows)]])
     place = torch.zeros_like(batch["partner"])
     place[every] = torch.arange(len(every), device=every.device)
     part = {k: v[every] if v.dim() else v for k, v in batch.items()}

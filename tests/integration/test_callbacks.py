@@ -38,6 +38,7 @@ from transformers import (
 from hf_purify.callbacks import BackdoorProbeCallback, PurifyCallback, PurifySeq2SeqTrainer, PurifyTrainer
 from hf_purify.errors import ConfigError, DataError, ModelError, PurifyError
 from hf_purify.masks import MASK_FILE
+from hf_purify.neurons import get_tensor
 from hf_purify.recipe import parse_spec
 from hf_purify.registry import find, find_trigger
 from hf_purify_adapters.vision.demo import SIDE, TRIGGER
@@ -276,8 +277,27 @@ class TestImages:
                 eta=eta,
             )
             trainer.train()
-            sums.append(float((1 - trainer.mask).sum()))
+            sums.append(float((1 - trainer.mask.detach()).sum()))
         assert sums[1] < 0.5 * sums[0]
+
+    def test_masks_of_two_trainings_are_folded_in_one_after_the_other(self, data: Splits, tmp_path: Path) -> None:
+        trainer = PurifyTrainer(
+            resnet(),
+            arguments(tmp_path / "run", max_steps=4),
+            train_dataset=data[0],
+            data_collator=collate,
+            processing_class=processor(),
+            clean=data[0],
+        )
+        (part,) = (
+            p for p in trainer.index.groups[-1].params if p.param.endswith("weight") and get_tensor(trainer.model, p.param).dim() == 1
+        )
+        size = trainer.index.groups[-1].size
+        for _ in range(2):
+            before = get_tensor(trainer.model, part.param).detach().clone()
+            trainer.train()
+            expected = before * trainer.mask.detach()[-size:]
+            torch.testing.assert_close(get_tensor(trainer.model, part.param).detach(), expected)
 
 
 @pytest.fixture(scope="module")
