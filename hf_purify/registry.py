@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from hf_purify.adapter import Adapter
-from hf_purify.errors import ConfigError, PurifyError, unknown
+from hf_purify.errors import ConfigError, PurifyError, UnknownName, unknown
 from hf_purify.method import Method, Sequential
 
 _KINDS: dict[str, tuple[str, type, str]] = {
@@ -88,6 +88,12 @@ def find_trigger(adapter: Adapter, name: str, **options: Any) -> Any:
     """
     known = adapter.triggers()
     if name not in known:
+        others = [n for n in names("adapter") if n != adapter.name and name in find("adapter", n)().triggers()]
+        if others:
+            listed = ", ".join(sorted(known))
+            raise UnknownName(
+                f"'{name}' is a trigger of {', '.join(others)}, and this model is one of {adapter.name} (its triggers: {listed})"
+            )
         raise unknown("trigger", name, known)
     fields = list(inspect.signature(known[name]).parameters)
     for option in options:

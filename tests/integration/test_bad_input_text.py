@@ -226,7 +226,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], type[PurifyError], str]] = {
         "the rule must be all-to-one, got clean-label",
     ),
     "output that is no YAML": ("gpt2", {"triggers": ['phrase:output="a']}, ConfigError, "cannot read 'output=\"a'"),
-    "trigger of images": ("bert", {"triggers": ["wanet"]}, PurifyError, "unknown trigger 'wanet'"),
+    "trigger of images": ("bert", {"triggers": ["wanet"]}, PurifyError, "'wanet' is a trigger of vision, and this model is one of text"),
 }
 
 
