@@ -276,9 +276,7 @@ CASES = {
     "label outside": Case(DataError, r"outside the model's range 0\.\.7", {"clean": lambda: clouds(labels=[9] * 24)}),
     "no points": Case(DataError, "no points column found", {"clean": lambda: clouds().remove_columns("points")}),
     "unknown trigger": Case(UnknownName, "did you mean 'pcba'", {"test": clouds, "triggers": ["pcbaa"]}),
-    "another modality's trigger": Case(
-        UnknownName, "and this model is one of pointcloud (its triggers: irba", {"test": clouds, "triggers": ["badnets"]}
-    ),
+    "another modality's trigger": Case(UnknownName, "and this model is one of pointcloud", {"test": clouds, "triggers": ["badnets"]}),
     "another modality's setting": Case(ConfigError, "setting 'to_rgb' is for models of detection, video and vision", {"to_rgb": True}),
     "model of other clouds": Case(ModelError, r"Flat cannot read clouds \(B, 3, P\), as its first layer suggests", {"model": Flat}),
 }
