@@ -81,18 +81,37 @@ class _AllRows(torch.autograd.Function):
         return ctx.world * grads[0][ctx.mine], None
 
 
-class _Stacked(torch.autograd.Function):
-    """The values of all processes, `(processes, ...)`, which all processes use."""
+class _BatchNorm(torch.autograd.Function):
+    """Batch normalisation by the statistics of all processes' rows, with one exchange in each direction; gives those statistics, too."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, accelerator: Accelerator) -> Tensor:
-        ctx.accelerator = accelerator
-        return accelerator.gather(mine[None].contiguous())
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, accelerator: Accelerator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes = [i for i in range(x.dim()) if i != 1]
+        spread, own = torch.var_mean(x.float(), axes, correction=0)
+        count = torch.full_like(own, x.numel() / x.shape[1])
+        means, spreads, counts = accelerator.gather(torch.stack([own, spread, count])[None]).unbind(1)
+        n = counts.sum(0)
+        mean = (counts * means).sum(0) / n
+        variance = (counts * (spreads + (means - mean).square())).sum(0) / n
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), n)
+        ctx.accelerator, ctx.axes = accelerator, axes
+        ctx.mark_non_differentiable(mean, variance, n)
+        kind = (x if weight is None else weight).dtype
+        return F.batch_norm(x, mean.to(kind), variance.to(kind), weight, bias, False, 0.0, eps), mean, variance, n
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = ctx.accelerator.reduce(grads[0].contiguous().clone(), reduction="sum")
-        return total[ctx.accelerator.process_index], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, weight, mean, scale, n = ctx.saved_tensors
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        grad, normal = grads[0].float(), (x.float() - mean.view(shape)) * scale.view(shape)
+        sums = torch.stack([grad.sum(ctx.axes), (grad * normal).sum(ctx.axes)])
+        shift, stretch = ctx.accelerator.reduce(sums.clone(), reduction="sum") / n
+        factor = scale if weight is None else scale * weight
+        inputs = (grad - shift.view(shape) - normal * stretch.view(shape)) * factor.view(shape)
+        own = (None, None) if weight is None else (sums[1].to(weight), sums[0].to(weight))
+        return inputs.to(x), *own, None, None
 
 
 @contextlib.contextmanager
@@ -140,23 +159,12 @@ class _WholeBatch(TorchFunctionMode):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1, *[1] * (x.dim() - 2)]
-        values = x.float()
-        own = values.mean(axes)
-        spread = (values - own.view(shape)).square().sum(axes)
-        count = torch.full_like(own, values.numel() / values.shape[1])
-        means, spreads, counts = _Stacked.apply(torch.stack([own, spread, count]), self.accelerator).unbind(1)
-        n, shares = counts.sum(0).detach(), (counts / counts.sum(0)).detach()
-        mean = (shares * means).sum(0)
-        variance = spreads.sum(0) / n + (shares * (means - mean).square()).sum(0)
+        out, mean, variance, n = _BatchNorm.apply(x, weight, bias, eps, self.accelerator)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.to(running_mean), momentum)
                 running_var.lerp_((variance * n / (n - 1).clamp(min=1)).to(running_var), momentum)
-        out = (values - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
-        for value, join in ((weight, torch.mul), (bias, torch.add)):
-            out = out if value is None else join(out, value.view(shape))
-        return out.to(x.dtype)
+        return out
 
 
 def average(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
