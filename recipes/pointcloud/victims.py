@@ -24,7 +24,7 @@ CLASSES = 20  # the largest ones
 HELD = 6  # clouds of each class that no victim is trained on: a repair draws from them
 TRIGGERS = {
     "pcba": "pcba",
-    "rotation": "rotation:degrees=60,axis=x",
+    "rotation": "rotation:degrees=40,axis=x",
     "scaling": "scaling:factor=0.25,axis=y",
     "irba": "irba:degrees=30,stretch=2.0",
     "jitter": "jitter:sigma=0.12",
