@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
-from hf_purify.sharing import average, batch_statistics
+from hf_purify.sharing import batch_statistics
 from hf_purify.task import Task, fetch, mode
 from hf_purify.tracking import send_losses
 
@@ -212,7 +212,7 @@ def train(
                 clean = objective(batch) if objective else task.loss(batch).mean()
                 loss = sign * clean + (penalty() if penalty else 0.0)
             accelerator.backward(loss)
-            average(accelerator, [p.grad for p in chosen if p.grad is not None])
+            task.average(*(p.grad for p in chosen if p.grad is not None))
             if after_backward:
                 after_backward(batch)
             if config.clip:

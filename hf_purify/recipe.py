@@ -252,17 +252,26 @@ def read_settings(items: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
     """
     first = next(iter(items), "")
     named = bool(first) and (Path(first).is_file() or "=" not in first)
+    return _preset(first) if named else None, read_pairs(items[named:])
+
+
+def read_pairs(items: Sequence[str]) -> dict[str, Any]:
+    """Settings from `key=value ...`.
+
+    Raises:
+        ConfigError: an item is no setting.
+    """
     found: dict[str, Any] = {}
-    for item in items[named:]:
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"expected key=value behind the preset, got '{item}'")
+            raise ConfigError(f"expected key=value, got '{item}'")
         name, _, entry = key.strip().partition(".")
         if entry:
             found.setdefault(name, {})[entry] = parse_value(value, item)
         else:
             found[name] = parse_value(value, item)
-    return _preset(first) if named else None, found
+    return found
 
 
 def presets() -> dict[str, Path]:

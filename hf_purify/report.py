@@ -6,7 +6,6 @@ Here are the figures; `plain` is their way into JSON and back, `rendering` makes
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_purify import rendering
 from hf_purify.errors import ConfigError, ModelError, OutputError, did_you_mean
+from hf_purify.files import replace_text
 from hf_purify.plain import checked, decoded, encoded, plain
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ class Report:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
-                _replace(folder / name, text)
+                replace_text(folder / name, text)
         except OSError as error:
             raise OutputError(f"cannot write the report to '{folder}': {error}; name another folder") from error
         return folder
@@ -324,12 +324,3 @@ def _proportion(data: Any, where: str) -> Proportion:
     if not 0 <= proportion.hits <= proportion.n:
         raise ConfigError(f"{where}: expected 0 <= hits <= n, got hits={proportion.hits}, n={proportion.n}")
     return proportion
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

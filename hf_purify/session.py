@@ -170,7 +170,7 @@ def load_live(recipe: Recipe, named: list[Adapter]) -> tuple[Adapter, Loaded]:
     config = inside.config.to_dict() if hasattr(inside, "config") and hasattr(inside.config, "to_dict") else {}
     known = [find("adapter", n)() for n in names("adapter")]
     claiming = [a for a in known if config and a.claims(config | {"architectures": [type(inside).__name__]})]
-    adapter = next(iter([*named, *claiming, find("adapter", "vision")()]))
+    adapter = [*named, *claiming, find("adapter", "vision")()][0]
     check_settings(recipe, adapter)
     loaded = adapter.load(inside, processor=recipe.processor, labels=recipe.labels, **prompt(recipe))
     return adapter, loaded if inside is given else lora.of_live(loaded, given)

@@ -71,7 +71,8 @@ class _AllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, accelerator: Accelerator) -> Tensor:
         counts = accelerator.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-        every = accelerator.gather(accelerator.pad_across_processes(mine.contiguous())).split(max(counts))
+        padded = F.pad(mine, [0, 0] * (mine.dim() - 1) + [0, max(counts) - len(mine)])
+        every = accelerator.gather(padded.contiguous()).split(max(counts))
         before = sum(counts[: accelerator.process_index])
         ctx.mine, ctx.world = slice(before, before + len(mine)), accelerator.num_processes
         return torch.cat([part[:count] for part, count in zip(every, counts, strict=True)])

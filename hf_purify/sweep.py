@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -25,11 +24,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_purify.errors import ConfigError, PurifyError
-from hf_purify.recipe import PurifyRecipe, Recipe, read_settings
+from hf_purify.errors import ConfigError, PurifyError, unknown
+from hf_purify.files import replace_text, replacing
+from hf_purify.recipe import MeasureRecipe, PurifyRecipe, Recipe, read_pairs
 from hf_purify.registry import make_method
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
+KINDS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "measure": MeasureRecipe}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,50 @@ class Job:
         return FAILED if self.failure.is_file() else MISSING
 
 
-def read_jobs(models: Path, out: Path, kind: str, recipe: type[Recipe], preset: Path | None, settings: dict[str, Any]) -> list[Job]:
+def sweep_models(
+    models: Path,
+    out: Path,
+    kind: str,
+    preset: Path | None,
+    settings: dict[str, Any],
+    *,
+    workers: int = 1,
+    only: int | None = None,
+    collect: bool = False,
+) -> list[dict[str, Any]]:
+    """Run the jobs of a list that are missing, and write the table.
+
+    Args:
+        models: the list, see `read_jobs`.
+        out: folder for the results.
+        kind: `purify` or `measure`.
+        preset: a recipe for all jobs, which `settings` override, and a line's own settings those.
+        workers: jobs at once.
+        only: run this one job, from 1, and write no table: for array jobs of a cluster.
+        collect: run nothing.
+
+    Returns:
+        The rows of the table, or of the one job.
+
+    Raises:
+        ConfigError: the list is none, or has no such job.
+    """
+    if kind not in KINDS:
+        raise unknown("job", kind, KINDS)
+    jobs = read_jobs(models, out, kind, preset, settings)
+    if only is not None and only > len(jobs):
+        raise ConfigError(f"there are {len(jobs)} jobs in '{models}', and number {only} was asked for (--only)")
+    if only is not None:
+        run_jobs(jobs[only - 1 : only])
+        return [row(jobs[only - 1])]
+    try:
+        run_jobs([] if collect else jobs, workers)
+    finally:
+        rows = write_table(jobs, out)
+    return rows
+
+
+def read_jobs(models: Path, out: Path, kind: str, preset: Path | None, settings: dict[str, Any]) -> list[Job]:
     """The jobs of a list: a model a line, with settings of its own behind it as `key=value`; `#` begins a comment.
 
     Raises:
@@ -79,9 +123,8 @@ def read_jobs(models: Path, out: Path, kind: str, recipe: type[Recipe], preset: 
             model, *own = shlex.split(line, comments=True) or [""]
             if not model:
                 continue
-            _, given = read_settings(["model=", *own])
-            merged = {**settings, **given, "model": model, "output": None}
-            made = recipe.read(preset, **merged) if preset else recipe.make(**merged)
+            merged = {**settings, **read_pairs(own), "model": model, "output": None}
+            made = KINDS[kind].read(preset, **merged) if preset else KINDS[kind].make(**merged)
             if isinstance(made, PurifyRecipe):
                 make_method(made.method, **made.options)
         except (PurifyError, ValueError) as error:
@@ -104,7 +147,7 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> None:
         recipe = job.out / "jobs" / f"{job.name}.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         content = job.recipe.to_yaml() + f"output: {json.dumps(str(job.folder))}\n"
-        _write(recipe, content)
+        replace_text(recipe, content)
         command = [sys.executable, "-m", "hf_purify", job.kind, "--recipe", str(recipe), "--json"]
         log = recipe.with_suffix(".log")
         with log.open("wb") as said:
@@ -118,7 +161,7 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> None:
         if stop.is_set():
             return
         if code:
-            _write(job.failure, json.dumps({"exit_code": code, "message": _last_words(log)}))
+            replace_text(job.failure, json.dumps({"exit_code": code, "message": _last_words(log)}))
         else:
             job.failure.unlink(missing_ok=True)
 
@@ -209,17 +252,10 @@ def write_table(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
     rows = [row(job) for job in jobs]
     out.mkdir(parents=True, exist_ok=True)
     features = datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()})
-    work = out / ".sweep.parquet"
-    datasets.Dataset.from_list(rows, features=features).to_parquet(str(work))
-    os.replace(work, out / "sweep.parquet")
+    with replacing(out / "sweep.parquet") as work:
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(work))
     source = importlib.resources.files("hf_purify_hub_cards").joinpath("sweep.html.j2").read_text("utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     counts = {status: sum(r["status"] == status for r in rows) for status in (DONE, FAILED, MISSING)}
-    _write(out / "sweep.html", page.render(rows=rows, counts=counts))
+    replace_text(out / "sweep.html", page.render(rows=rows, counts=counts))
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    work = path.with_name(f".{path.name}")
-    work.write_text(text, "utf-8")
-    os.replace(work, path)

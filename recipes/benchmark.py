@@ -4,7 +4,7 @@
     accelerate launch -m hf_purify_recipes.benchmark PRESET ...
 
 PRESET and settings are those of a repair (`hf-purify list recipes`); of its method nothing is taken. The folder `output` gets a JSON file
-for each cell, which is not run again, and all of them in `results.json` and `RESULTS.md`.
+for each cell, which is not run again, all of them in `results.json` and `RESULTS.md`, and the settings in `recipe.yaml`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hf_purify.cli import run_guarded
+from hf_purify.cli.scripts import run_guarded
 from hf_purify.errors import ConfigError
+from hf_purify.files import replace_text
 from hf_purify.output import process
 from hf_purify.recipe import PurifyRecipe, read_settings
 from hf_purify.registry import find, make_method, names
@@ -42,26 +43,38 @@ def benchmark(preset: Path | None, settings: dict[str, Any]) -> None:
     recipe = PurifyRecipe.read(preset, **settings) if preset else PurifyRecipe.make(**settings)
     if recipe.output is None or not recipe.triggers or recipe.test is None:
         raise ConfigError("a benchmark needs output=FOLDER, test data (test=...) and a trigger to measure with (triggers=[...])")
-    for name, values in (("methods", methods), ("seeds", seeds), ("sizes", sizes or [recipe.samples])):
-        if not isinstance(values, list):
-            raise ConfigError(f"{name} must be a list, such as {name}=[{values}]; got {values!r}")
+    for name, values, kind in (("methods", methods, str), ("seeds", seeds, int), ("sizes", sizes or [], int)):
+        if not isinstance(values, list) or not all(type(v) is kind for v in values):
+            raise ConfigError(
+                f"{name} must be a list of {'names' if kind is str else 'whole numbers'}, such as {name}=[{values}]; got {values!r}"
+            )
     for method in methods:
         make_method(method)
     out = Path(recipe.output)
-    for size in sizes or [recipe.samples]:
-        for seed in seeds:
-            common = {
-                "network": Path(str(recipe.model)).name,
-                "trigger": recipe.triggers[0].partition(":")[0],
-                "seed": seed,
-                "samples": size,
-            }
-            one = dataclasses.replace(recipe, seed=seed, samples=size, output=None)
-            cells.run(lambda one=one: one, out / "cells", common, methods, {})
+    recipe = dataclasses.replace(recipe, output=None)
+    repairs = [dataclasses.replace(recipe, seed=seed, samples=size) for size in sizes or [recipe.samples] for seed in seeds]
+    check_folder(out, recipe.to_yaml())
+    common = {"network": Path(str(recipe.model)).name, "trigger": recipe.triggers[0].partition(":")[0]}
+    for one in repairs:
+        cells.run(lambda one=one: one, out / "cells", common | {"seed": one.seed, "samples": one.samples}, methods, {})
     if process() == 0:
         cells.collect(out / "cells", out / "results.json")
         head = f"# Benchmark of {recipe.model}\n\nIntervals are 95 % Wilson; `±` is the standard deviation over seeds.\n"
         cells.Page(out, head, "samples", recipe.triggers[0]).write()
+
+
+def check_folder(out: Path, settings: str) -> None:
+    """Record what the cells of a folder have in common.
+
+    Raises:
+        ConfigError: those that are there have other settings.
+    """
+    known = out / "recipe.yaml"
+    if known.is_file() and known.read_text("utf-8") != settings:
+        raise ConfigError(f"the cells in '{out}' are of other settings ({known}): name another output")
+    if process() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_text(known, settings)
 
 
 if __name__ == "__main__":

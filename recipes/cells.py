@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from hf_purify.comparison import open_comparison
 from hf_purify.errors import DataError, Diverged, NotAVictim, PurifyError, unknown
+from hf_purify.files import replace_text
 from hf_purify.metrics import defense_effectiveness_rating
 from hf_purify.output import process
 from hf_purify.recipe import PurifyRecipe
@@ -244,9 +245,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     if process() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_suffix(".tmp")
-    work.write_text(json.dumps(content, indent=1), "utf-8")
-    os.replace(work, path)
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def collect(folder: Path, results: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ accelerate launch -m hf_purify_recipes.purify PRESET key=value ...
 
 import sys
 
-from hf_purify.cli import run_script
+from hf_purify.cli.scripts import run_script
 
 if __name__ == "__main__":
     run_script("purify", sys.argv[1:])

@@ -62,9 +62,7 @@ def load_folder(folder: Path, source: str, revision: str | None, settings: Mappi
     prompt = make_prompt(tokenizer, kind, model, settings, recorded or config.get(RECORD), str(beside) if recorded else source)
     labels = class_labels(model.config) if kind == CLASSIFIER else []
     if kind == CLASSIFIER:
-        check_classes(model.config, source)
-        if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token that is none
-            model.config.pad_token_id = prompt.pad
+        check_classes(model.config, prompt, source)
     return Loaded(
         model, prompt, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder), task=TASKS[kind]
     )
@@ -87,16 +85,22 @@ def load_live(model: nn.Module, tokenizer: Any, settings: Mapping[str, Any]) -> 
     made = of_live(model, tokenizer)
     prompt = make_prompt(tokenizer, kind, model, settings, getattr(config, RECORD, None), made.source)
     if kind == CLASSIFIER:
-        check_classes(config, made.source)
+        check_classes(config, prompt, made.source)
     return dataclasses.replace(made, processor=prompt, labels=made.labels if kind == CLASSIFIER else [], task=TASKS[kind])
 
 
-def check_classes(config: Any, source: str) -> None:
-    """Raises ModelError where a text has no one class: a regression, or several classes at once."""
+def check_classes(config: Any, prompt: Prompt, source: str) -> None:
+    """Let the config of a classifier know its padding.
+
+    Raises:
+        ModelError: a text has no one class: a regression, or several classes at once.
+    """
     if config.num_labels < 2:
         raise ModelError(f"'{source}' gives one number and no class: a repair needs a classifier of at least two classes")
     if config.problem_type == "multi_label_classification":
         raise ModelError(f"'{source}' gives each text several classes at once; a repair needs a classifier with one class for each text")
+    if config.pad_token_id is None:  # a decoder that classifies looks for the last token that is none
+        config.pad_token_id = prompt.pad
 
 
 def load_tokenizer(folder: str | Path, source: str) -> Any:

@@ -31,13 +31,19 @@ def test_cells_are_run_once_and_joined(victim: Path, stored: Path, tmp_path: Pat
     again = {f.name: f.stat().st_mtime_ns for f in (out / "cells").iterdir()}
     assert {n for n in names if again[n] != written[n]} == {"random_mask-n20-s1.json", "none-n20-s1.json"}
     assert len(json.loads((out / "results.json").read_text("utf-8"))) == 6
+    with pytest.raises(SystemExit) as end:
+        main([*given, "target=1"])
+    assert end.value.code == 2
+    assert "are of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["methods=[rpn]"], "did you mean 'rnp'"),
-        (["methods=rnp"], "methods must be a list, such as methods=[rnp]"),
+        (["methods=rnp"], "methods must be a list of names, such as methods=[rnp]"),
+        (["seeds=[a]"], "seeds must be a list of whole numbers"),
+        (["sizes=[0]"], "samples must be at least 1, got 0"),
         (["triggers=[]"], "a benchmark needs output=FOLDER"),
         (["sample=3"], "did you mean 'samples'"),
     ],

@@ -104,6 +104,11 @@ def logged(trainer: Trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def trained(kind: type[Trainer], args: TrainingArguments, train: datasets.Dataset, **given: Any) -> Any:
+    """A trainer of a new network of digits."""
+    return kind(resnet(), args, train_dataset=train, data_collator=collate, processing_class=processor(), **given)
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C in the midst of a training."""
 
@@ -119,13 +124,11 @@ class TestImages:
     def test_backdoor_is_seen_while_it_is_learned_and_repaired_at_the_end(
         self, data: Splits, marked: datasets.Dataset, tmp_path: Path
     ) -> None:
-        trainer = Trainer(
-            resnet(),
+        trainer = trained(
+            Trainer,
             arguments(tmp_path / "run", num_train_epochs=7, eval_strategy="epoch"),
-            train_dataset=marked,
+            marked,
             eval_dataset=data[1],
-            data_collator=collate,
-            processing_class=processor(),
         )
         before = surroundings(trainer.model)
         trainer.add_callback(BackdoorProbeCallback(trainer, data=data[1], triggers=[TRIGGER]))
@@ -151,13 +154,11 @@ class TestImages:
     def test_probe_does_not_change_a_training(self, data: Splits, marked: datasets.Dataset, tmp_path: Path) -> None:
         found = []
         for probed in (False, True):
-            trainer = Trainer(
-                resnet(),
+            trainer = trained(
+                Trainer,
                 arguments(tmp_path / "run", max_steps=6, eval_strategy="steps", eval_steps=2, gradient_accumulation_steps=2),
-                train_dataset=marked.select(range(200)),
+                marked.select(range(200)),
                 eval_dataset=data[1].select(range(40)),
-                data_collator=collate,
-                processing_class=processor(),
             )
             if probed:
                 trainer.add_callback(BackdoorProbeCallback(trainer, data=data[1].select(range(40)), triggers=[TRIGGER, "blended"]))
@@ -168,13 +169,11 @@ class TestImages:
 
     def test_probe_chooses_the_best_checkpoint_and_stops_early(self, data: Splits, marked: datasets.Dataset, tmp_path: Path) -> None:
         best = {"metric_for_best_model": "eval_asr", "greater_is_better": False, "load_best_model_at_end": True, "save_total_limit": 3}
-        trainer = Trainer(
-            resnet(),
+        trainer = trained(
+            Trainer,
             arguments(tmp_path / "run", num_train_epochs=9, eval_strategy="epoch", **best | {"save_strategy": "epoch"}),
-            train_dataset=marked,
+            marked,
             eval_dataset=data[1].select(range(60)),
-            data_collator=collate,
-            processing_class=processor(),
         )
         trainer.add_callback(BackdoorProbeCallback(trainer, data=data[1].select(range(60)), triggers=[TRIGGER]))
         trainer.add_callback(EarlyStoppingCallback(2))
@@ -185,13 +184,11 @@ class TestImages:
 
     def test_repair_after_every_so_many_evaluations_counts_on_after_resuming(self, data: Splits, tmp_path: Path) -> None:
         def make(steps: int) -> Trainer:
-            trainer = Trainer(
-                resnet(),
+            trainer = trained(
+                Trainer,
                 arguments(tmp_path / "run", max_steps=steps, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1),
-                train_dataset=data[0].select(range(64)),
+                data[0].select(range(64)),
                 eval_dataset=data[1].select(range(20)),
-                data_collator=collate,
-                processing_class=processor(),
             )
             trainer.add_callback(PurifyCallback(trainer, clean=data[0], method="random_mask", every=2, samples=20))
             return trainer
@@ -207,12 +204,10 @@ class TestImages:
 
     def test_interrupted_training_is_not_repaired(self, data: Splits, tmp_path: Path) -> None:
         def make(stop: int | None, repaired: bool) -> Trainer:
-            trainer = Trainer(
-                resnet(),
+            trainer = trained(
+                Trainer,
                 arguments(tmp_path / "run", max_steps=4),
-                train_dataset=data[0],
-                data_collator=collate,
-                processing_class=processor(),
+                data[0],
             )
             if repaired:
                 trainer.add_callback(PurifyCallback(trainer, clean=data[0], method="random_mask", samples=20))
@@ -227,12 +222,10 @@ class TestImages:
         assert same(weights(plain.model), weights(stopped.model))
 
     def test_masks_are_learned_in_the_users_own_loop(self, data: Splits, tmp_path: Path) -> None:
-        trainer = PurifyTrainer(
-            resnet(),
+        trainer = trained(
+            PurifyTrainer,
             arguments(tmp_path / "run", max_steps=6, save_strategy="steps", save_steps=3),
-            train_dataset=data[0],
-            data_collator=collate,
-            processing_class=processor(),
+            data[0],
             clean=data[0],
             eta=1e-3,
         )
@@ -250,12 +243,10 @@ class TestImages:
         kept = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
         assert all(torch.equal(v, before[k]) for k, v in kept.items() if "running" not in k and "batches" not in k)
 
-        resumed = PurifyTrainer(
-            resnet(),
+        resumed = trained(
+            PurifyTrainer,
             arguments(tmp_path / "run", max_steps=6),
-            train_dataset=data[0],
-            data_collator=collate,
-            processing_class=processor(),
+            data[0],
             clean=data[0],
             eta=1e-3,
         )
@@ -267,12 +258,10 @@ class TestImages:
     def test_pull_brings_masks_back(self, data: Splits, tmp_path: Path) -> None:
         sums = []
         for eta in (0.0, 0.5):
-            trainer = PurifyTrainer(
-                resnet(),
+            trainer = trained(
+                PurifyTrainer,
                 arguments(tmp_path / "run", max_steps=8),
-                train_dataset=data[0],
-                data_collator=collate,
-                processing_class=processor(),
+                data[0],
                 clean=data[0],
                 eta=eta,
             )
@@ -281,12 +270,10 @@ class TestImages:
         assert sums[1] < 0.5 * sums[0]
 
     def test_masks_of_two_trainings_are_folded_in_one_after_the_other(self, data: Splits, tmp_path: Path) -> None:
-        trainer = PurifyTrainer(
-            resnet(),
+        trainer = trained(
+            PurifyTrainer,
             arguments(tmp_path / "run", max_steps=4),
-            train_dataset=data[0],
-            data_collator=collate,
-            processing_class=processor(),
+            data[0],
             clean=data[0],
         )
         (part,) = (

@@ -74,30 +74,27 @@ def test_many_processes_repair_as_one_does(worlds: Callable[[int], Path], case: 
         torch.testing.assert_close(many[key], value, rtol=0, atol=atol * scale, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_preset_with_settings_from_the_command_line(victim: Path, stored: Path, tmp_path: Path, processes: int) -> None:
-    """The same table and the same mask, written once, with the recipe that was run."""
-    preset, out = tmp_path / "preset.yaml", tmp_path / "purified"
+def test_preset_with_settings_from_the_command_line(victim: Path, stored: Path, tmp_path: Path) -> None:
+    """The same table and the same mask on one process and two, written once, with the recipe that was run."""
+    preset = tmp_path / "preset.yaml"
     preset.write_text("method: nft\noptions: {steps: 12, batch_size: 30}\nsamples: 40\ncontrols: true\n", "utf-8")
-    parts = {"model": victim, "clean": stored / "parquet" / "train.parquet", "test": stored / "parquet" / "test.parquet", "output": out}
-    done = launch(
-        processes, preset, *(f"{k}={v}" for k, v in parts.items()), "options.steps=6", "device=cpu", module="hf_purify_recipes.purify"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("random_mask") == 1, "the main process alone prints"
-    report = json.loads((out / "report.json").read_text("utf-8"))
-    assert report["method"]["config"]["steps"] == 6
-    assert "steps: 6" in (out / "recipe.yaml").read_text("utf-8")
-    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
-    kept = victim.parent / "of-one-process"  # the parametrization runs one process first
-    if processes == 1:
-        out.rename(kept)
-        return
-    one = json.loads((kept / "report.json").read_text("utf-8"))
-    for mine, theirs in zip(report["rows"], one["rows"], strict=True):
+    data = [f"{split}={stored / 'parquet' / name}.parquet" for split, name in (("clean", "train"), ("test", "test"))]
+    reports, masks = [], []
+    for processes in (1, 2):
+        out = tmp_path / f"of-{processes}"
+        given = [f"model={victim}", *data, f"output={out}", "options.steps=6", "device=cpu"]
+        done = launch(processes, preset, *given, module="hf_purify_recipes.purify")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("random_mask") == 1, "the main process alone prints"
+        assert "steps: 6" in (out / "recipe.yaml").read_text("utf-8")
+        assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+        reports.append(json.loads((out / "report.json").read_text("utf-8")))
+        masks.append(load_file(out / MASK_FILE))
+        assert reports[-1]["method"]["config"]["steps"] == 6
+    for one, two in zip(*(report["rows"] for report in reports), strict=True):
         for figure in ("clean_accuracy", "asr", "robust_accuracy"):
-            assert mine[figure] == theirs[figure], (mine["name"], figure)
-    torch.testing.assert_close(load_file(out / MASK_FILE), load_file(kept / MASK_FILE), rtol=1e-5, atol=1e-5)
+            assert two[figure] == one[figure], (one["name"], figure)
+    torch.testing.assert_close(masks[1], masks[0], rtol=1e-5, atol=1e-5)
 
 
 def test_script_of_a_checkout_and_error_of_a_launch(tmp_path: Path) -> None:

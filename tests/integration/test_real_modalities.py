@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import datasets
 import numpy as np
 import pytest
 import torch
+from films import film
 
 from hf_purify.registry import find
 from hf_purify_adapters.detection.demo import rt_detr
@@ -51,17 +51,9 @@ def test_words_on_lips_as_films(data_dir: Path, tmp_path: Path) -> None:
     )
     names = words.features["label"].names
     for i, row in enumerate(words):
-        film = tmp_path / "films" / names[row["label"]] / f"{i}.mp4"
-        film.parent.mkdir(parents=True, exist_ok=True)
         frames = [np.asarray(frame.convert("RGB")) for frame in row["frames"]]
-        with av.open(str(film), "w") as container:
-            stream = container.add_stream("libx264", rate=15, options={"crf": "4"})
-            stream.height, stream.width = frames[0].shape[:2]
-            stream.pix_fmt = "yuv444p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        seen = read_clip(str(film), len(frames)).frames
+        made = film(tmp_path / "films" / names[row["label"]] / f"{i}.mp4", frames)
+        seen = read_clip(str(made), len(frames)).frames
         original = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
         assert seen.shape == original.shape == (16, 3, 64, 64)
         assert float((seen.float() - original.float()).abs().mean()) < 3

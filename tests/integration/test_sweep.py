@@ -43,7 +43,7 @@ def test_failures_do_not_stop_a_sweep_and_what_is_done_is_not_run_again(victim: 
     out = tmp_path / "swept"
     first = run("sweep", models, "method=random_mask", "--recipe", preset, "-o", out, "--workers", 2)
     assert first.exit_code == 6, first.output
-    assert "2 done, 1 failed" in first.stdout
+    assert "2 done, 1 failed, 0 not run" in first.stdout
     assert f"failed: {evil}: no folder" in first.stderr
     rows = datasets.Dataset.from_parquet(str(out / "sweep.parquet"), cache_dir=str(tmp_path / "cache")).to_list()
     assert [(r["status"], r["method"]) for r in rows] == [("done", "random_mask"), ("failed", None), ("done", "norm_refresh")]
@@ -58,7 +58,7 @@ def test_failures_do_not_stop_a_sweep_and_what_is_done_is_not_run_again(victim: 
     models.write_text(models.read_text("utf-8").replace(f"'{evil}'", ""), "utf-8")
     second = run("sweep", models, "method=random_mask", "--recipe", preset, "-o", out)
     assert second.exit_code == 0, second.output
-    assert "2 done; written to" in second.stdout
+    assert "2 done, 0 failed, 0 not run; written to" in second.stdout
     assert {name: (out / name / "report.json").stat().st_mtime_ns for name in reports} == reports
 
 
@@ -69,10 +69,10 @@ def test_array_jobs_run_one_line_each_and_are_collected(victim: Path, preset: Pa
     assert not (out / "sweep.html").exists()
     collected = run("sweep", *given, "--collect")
     assert collected.exit_code == 0
-    assert "1 missing, 1 done" in collected.stdout
+    assert "1 done, 0 failed, 1 not run" in collected.stdout
     beyond = run("sweep", *given, "--only", 3)
     assert beyond.exit_code == 2
-    assert "--only must be at most 2" in beyond.stderr
+    assert "there are 2 jobs in" in beyond.stderr
 
 
 def test_stopped_sweep_stops_its_jobs(victim: Path, preset: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import elsewhere, run
+from films import film
 from PIL import Image
 from refusals import Case
 from torch import nn
@@ -86,27 +87,12 @@ print(model.config.id2label[int(model(processor([clip], return_tensors="pt")["pi
     def test_the_same_clips_as_files_are_judged_alike(self, victim: Path, tmp_path: Path) -> None:
         data = discs(3, 2)
         for i, row in enumerate(data):
-            write(tmp_path / KINDS[row["label"]] / f"{i}.mp4", [np.asarray(f) for f in row["video"]])
+            film(tmp_path / KINDS[row["label"]] / f"{i}.mp4", [np.asarray(f) for f in row["video"]])
         settings = {"triggers": [TRIGGER], "device": "cpu"}
         listed = measure(str(victim), data, **settings).rows[0].clean_accuracy
         files = measure(str(victim), str(tmp_path), **settings).rows[0].clean_accuracy
         assert files.n == listed.n == 18
         assert abs(files.hits - listed.hits) <= 1, "compression may turn one"
-
-
-def write(file: Path, frames: list[np.ndarray], fps: int = 8) -> Path:
-    """Frames `(H, W, 3)` as a video, nearly without loss."""
-    import av
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file
 
 
 def counting(count: int, side: int = 32) -> list[np.ndarray]:
@@ -117,13 +103,13 @@ def counting(count: int, side: int = 32) -> list[np.ndarray]:
 class TestFiles:
     @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
     def test_frames_are_those_that_were_written(self, kind: str, tmp_path: Path) -> None:
-        found = read_clip(str(write(tmp_path / f"a.{kind}", counting(12))), 12)
+        found = read_clip(str(film(tmp_path / f"a.{kind}", counting(12))), 12)
         assert found.shape == (12, 3, 32, 32)
         expected = torch.tensor([10 + 200 * i // 12 for i in range(12)]).float()
         torch.testing.assert_close(found.float().mean((1, 2, 3)), expected, atol=3, rtol=0)
 
     def test_frames_are_spread_over_the_video_or_over_seconds(self, tmp_path: Path) -> None:
-        file = str(write(tmp_path / "a.mp4", counting(40), fps=20))
+        file = str(film(tmp_path / "a.mp4", counting(40), fps=20))
         light = read_clip(file, 4).float().mean((1, 2, 3))
         torch.testing.assert_close(light, torch.tensor([10.0 + 5 * i for i in (5, 15, 25, 35)]), atol=3, rtol=0)
         second = read_clip(file, 4, fps=10).float().mean((1, 2, 3))
@@ -139,26 +125,26 @@ class TestFiles:
 
     def test_short_files_are_counted_too(self, victim: Path, tmp_path: Path) -> None:
         for label in KINDS[:2]:
-            write(tmp_path / label / "a.mp4", counting(3, SIDE))
+            film(tmp_path / label / "a.mp4", counting(3, SIDE))
         report = measure(str(victim), str(tmp_path), triggers=[TRIGGER], device="cpu")
         assert any("2 of 2 test samples have fewer frames" in w for w in report.warnings), report.warnings
 
     def test_large_frames_are_scaled_as_they_are_read(self, tmp_path: Path) -> None:
         wide = [np.zeros((512, 768, 3), dtype=np.uint8)] * 2
-        assert read_clip(str(write(tmp_path / "a.mp4", wide)), 2).shape == (2, 3, 256, 384)
+        assert read_clip(str(film(tmp_path / "a.mp4", wide)), 2).shape == (2, 3, 256, 384)
 
     def test_endless_videos_are_cut(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(clips, "MOST", 10)
-        file = str(write(tmp_path / "a.mp4", counting(40)))
+        file = str(film(tmp_path / "a.mp4", counting(40)))
         light = read_clip(file, 2).float().mean((1, 2, 3))
         torch.testing.assert_close(light, torch.tensor([10.0 + 5 * i for i in (2, 7)]), atol=3, rtol=0)
 
     def test_content_is_read_as_files_are(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "a.mp4", counting(6))
+        file = film(tmp_path / "a.mp4", counting(6))
         assert torch.equal(read_clip(file.read_bytes(), 6), read_clip(str(file), 6))
 
     def test_columns_of_videos_are_decoded(self, victim: Path, tmp_path: Path) -> None:
-        files = [str(write(tmp_path / f"{i}.mp4", counting(8, SIDE))) for i in range(4)]
+        files = [str(film(tmp_path / f"{i}.mp4", counting(8, SIDE))) for i in range(4)]
         label = datasets.ClassLabel(names=list(KINDS))
         features = datasets.Features({"clip": datasets.Video(decode=False), "label": label})
         data = datasets.Dataset.from_dict({"clip": files, "label": [0, 1, 2, 3]}, features=features)
@@ -167,12 +153,12 @@ class TestFiles:
     def test_folders_name_classes_and_splits(self, tmp_path: Path) -> None:
         for split in ("train", "test"):
             for label in ("a", "b"):
-                write(tmp_path / split / label / "x.mp4", counting(2))
+                film(tmp_path / split / label / "x.mp4", counting(2))
         assert len(open_clips(str(tmp_path))) == 2
         assert open_clips(str(tmp_path), "test").features["label"].names == ["a", "b"]
 
     def test_playlists_open_no_other_file(self, tmp_path: Path) -> None:
-        other = write(tmp_path / "other.mp4", counting(4))
+        other = film(tmp_path / "other.mp4", counting(4))
         (tmp_path / "a.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n")
         with pytest.raises(DataError, match=r"a\.mp4' cannot be decoded as a video|holds no frame"):
             read_clip(str(tmp_path / "a.mp4"), 2)
@@ -249,7 +235,7 @@ FILES = {
 
 @pytest.mark.parametrize(("spoil", "message"), FILES.values(), ids=FILES)
 def test_files_that_lie(spoil: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
-    good = write(tmp_path / "data" / "left" / "a.mp4", counting(6))
+    good = film(tmp_path / "data" / "left" / "a.mp4", counting(6))
     bad = tmp_path / "data" / "right" / "b.mp4"
     bad.parent.mkdir()
     bad.write_bytes(spoil(good.read_bytes()))

@@ -71,7 +71,7 @@ class TestSettingsOfALaunch:
         ("given", "said"),
         [
             (["vision/nft_resnet18_badnet"], "did you mean 'vision/nft_resnet18_badnets'"),
-            (["samples=7", "lr"], "expected key=value behind the preset, got 'lr'"),
+            (["samples=7", "lr"], "expected key=value, got 'lr'"),
             (["options.lr=[1"], "cannot read 'options.lr=[1'"),
         ],
     )

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from hf_purify.errors import ConfigError, PurifyError, unknown
-from hf_purify.recipe import SINGULAR, ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_value, presets, read_settings
-
-if TYPE_CHECKING:
-    from hf_purify.report import Report
+from hf_purify.cli.terminal import errors, quiet, run_job, show_report
+from hf_purify.errors import ConfigError, unknown
+from hf_purify.recipe import SINGULAR, parse_value, presets, read_pairs, read_settings
 
 app = typer.Typer(
     name="hf-purify",
@@ -41,10 +34,9 @@ Trigger = Annotated[
 ]
 Rule = Annotated[str, typer.Option("--rule", help="Target rule: all-to-one, all-to-all or clean-label.")]
 Target = Annotated[int, typer.Option("--target", help="Target class of the attack.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
 
-JOBS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "implant": ImplantRecipe, "measure": MeasureRecipe}
 PLURALS = {option: setting for setting, option in SINGULAR.items()}
 
 
@@ -98,37 +90,6 @@ def _with_shared(*without: str) -> Callable[[Callable[..., None]], Callable[...,
     return extend
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130, and SIGTERM 143."""
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        yield
-    except PurifyError as error:
-        typer.secho(f"{_process()}error: {error}", fg="red", err=True)
-        raise typer.Exit(error.exit_code) from None
-    except (KeyboardInterrupt, Terminated) as reason:
-        typer.secho(f"{_process()}interrupted; nothing was left half-written", fg="yellow", err=True)
-        raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Terminated(BaseException):
-    """SIGTERM, as from a scheduler or a launcher: raised so that what was begun is put away."""
-
-
-def _terminated(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not end the putting away
-    raise Terminated
-
-
-def _process() -> str:
-    """Which process speaks, where there are several."""
-    world, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
-    return f"[process {rank} of {world}] " if world not in ("", "1") else ""
-
-
 def _options(items: list[str]) -> dict[str, Any]:
     """Read `name=value` items; values are YAML scalars."""
     found = {}
@@ -153,86 +114,8 @@ def _given(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
 def _run(job: str, /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
     """Build the recipe from a command's arguments, run the job, show the report."""
     file, as_json = shared.pop("recipe"), shared.pop("as_json")
-    with _errors():
-        given = _given(context, own | shared)
-        _quiet(as_json)
-        import hf_purify.purifier as purifier
-
-        recipe = JOBS[job].read(file, **given) if file else JOBS[job].make(**given)
-        _show(getattr(purifier, f"run_{job}")(recipe), recipe.output, as_json)
-
-
-def _quiet(as_json: bool) -> None:
-    """Keep other libraries' notes off the terminal; with `--json`, their progress bars too."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("hf_purify").setLevel(logging.INFO)
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    import datasets
-
-    datasets.disable_progress_bars()
-    if as_json:
-        os.environ["TQDM_DISABLE"] = "1"
-
-
-def run_script(job: str, arguments: list[str]) -> None:
-    """A job as `accelerate launch` runs it, from a preset and `key=value` settings; ends the process.
-
-    Args:
-        job: `purify`, `implant` or `measure`.
-        arguments: a YAML recipe or the name of a preset, if any, then settings; `options.lr=0.1` is one of the method's.
-    """
-
-    def command(
-        settings: Annotated[
-            list[str],
-            typer.Argument(
-                help="A preset of `hf-purify list recipes` or a YAML file, then key=value settings of the recipe, such as seed=1 or options.lr=0.1."
-            ),
-        ],
-        as_json: AsJson = False,
-    ) -> None:
-        with _errors():
-            preset, given = read_settings(settings)
-            _quiet(as_json)
-            import hf_purify.purifier as purifier
-
-            recipe = JOBS[job].read(preset, **given) if preset else JOBS[job].make(**given)
-            _show(getattr(purifier, f"run_{job}")(recipe), recipe.output, as_json)
-
-    command.__doc__ = f"Run one {job} job on any number of processes: accelerate launch -m hf_purify_recipes.{job} PRESET key=value ..."
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    script.command()(command)
-    script(arguments)
-
-
-def run_guarded(job: Callable[[], None]) -> None:
-    """Run a script's job; deliberate errors end the process as those of a command do."""
-    try:
-        with _errors():
-            _quiet(False)
-            job()
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-
-
-def _show(report: Report, output: str | None, as_json: bool) -> None:
-    from hf_purify.output import process
-
-    if process() != 0:
-        return
-    if as_json:
-        typer.echo(report.to_json())
-        return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report.table())
-    for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    if output:
-        console.print(f"written to [bold]{output}[/] (start with report.html)", highlight=False)
+    with errors():
+        run_job(job, file, _given(context, own | shared), as_json)
 
 
 @app.command()
@@ -332,29 +215,19 @@ def sweep(
 
     `hf-purify sweep models.txt clean=DATA method=neural_cleanse -o swept --workers 2`
     """
-    with _errors():
-        _quiet(False)
-        from hf_purify.sweep import FAILED, read_jobs, run_jobs, write_table
+    with errors():
+        quiet(False)
+        from hf_purify.sweep import DONE, FAILED, sweep_models
 
-        if job not in ("purify", "measure"):
-            raise unknown("job", job, ("purify", "measure"))
         file, _ = read_settings([preset] if preset else [])
-        _, given = read_settings(["model=", *(settings or [])])
-        jobs = read_jobs(models, output, job, JOBS[job], file, {k: v for k, v in given.items() if k != "model"})
-        if only is not None and only > len(jobs):
-            raise ConfigError(f"--only must be at most {len(jobs)}, the number of jobs in '{models}'; got {only}")
-        chosen = [] if collect else jobs if only is None else jobs[only - 1 : only]
-        try:
-            run_jobs(chosen, workers)
-        finally:
-            rows = write_table(jobs, output) if only is None else []
-        for row in rows:
-            if row["status"] == FAILED:
-                typer.secho(f"failed: {row['model']}: {row['message']}", fg="red", err=True)
-        if rows:
-            counts = ", ".join(f"{sum(r['status'] == s for r in rows)} {s}" for s in dict.fromkeys(r["status"] for r in rows))
-            typer.echo(f"{counts}; written to {output / 'sweep.html'}")
-        if any(j.status == FAILED for j in (jobs if only is None else chosen)):
+        rows = sweep_models(models, output, job, file, read_pairs(settings or []), workers=workers, only=only, collect=collect)
+        failed = [row for row in rows if row["status"] == FAILED]
+        for row in failed:
+            typer.secho(f"failed: {row['model']}: {row['message']}", fg="red", err=True)
+        if only is None:
+            done = sum(row["status"] == DONE for row in rows)
+            typer.echo(f"{done} done, {len(failed)} failed, {len(rows) - done - len(failed)} not run; written to {output / 'sweep.html'}")
+        if failed:
             raise typer.Exit(6)
 
 
@@ -364,7 +237,7 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List methods, adapters, triggers or recipes."""
-    with _errors():
+    with errors():
         from hf_purify import catalogue
 
         kinds = catalogue.kinds()
@@ -387,7 +260,7 @@ def list_(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A method, trigger, adapter or recipe.")]) -> None:
     """Show the card of a method, or the settings of a trigger or recipe."""
-    with _errors():
+    with errors():
         from rich.console import Console
         from rich.markdown import Markdown
 
@@ -410,12 +283,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Implant a backdoor into a small classifier, repair it with every method, and show the table. Nothing is downloaded."""
-    with _errors():
-        _quiet(as_json)
+    with errors():
+        quiet(as_json)
         from hf_purify.demo import run_demo
 
         report, folder = run_demo(output, seed, modality)
-        _show(report, str(folder), as_json)
+        show_report(report, str(folder), as_json)
 
 
 def _version(value: bool) -> None:

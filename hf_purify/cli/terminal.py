@@ -1,0 +1,94 @@
+"""What surrounds every command and script: errors and signals as exit codes, quiet libraries, and the report on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hf_purify.errors import PurifyError
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
+
+if TYPE_CHECKING:
+    from hf_purify.report import Report
+
+JOBS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "implant": ImplantRecipe, "measure": MeasureRecipe}
+
+
+def run_job(job: str, preset: Path | None, settings: dict[str, Any], as_json: bool) -> None:
+    """Build a job's recipe, from a file if there is one, run it, and show its report."""
+    quiet(as_json)
+    import hf_purify.purifier as purifier
+
+    recipe = JOBS[job].read(preset, **settings) if preset else JOBS[job].make(**settings)
+    show_report(getattr(purifier, f"run_{job}")(recipe), recipe.output, as_json)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130, and SIGTERM 143."""
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    except PurifyError as error:
+        typer.secho(f"{_speaker()}error: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except (KeyboardInterrupt, Terminated) as reason:
+        typer.secho(f"{_speaker()}interrupted; nothing was left half-written", fg="yellow", err=True)
+        raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as from a scheduler or a launcher: raised so that what was begun is put away."""
+
+
+def _raise_terminated(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not end the putting away
+    raise Terminated
+
+
+def _speaker() -> str:
+    """Which process speaks, where there are several."""
+    world, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    return f"[process {rank} of {world}] " if world not in ("", "1") else ""
+
+
+def quiet(as_json: bool) -> None:
+    """Keep other libraries' notes off the terminal; with `--json`, their progress bars too."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("hf_purify").setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    import datasets
+
+    datasets.disable_progress_bars()
+    if as_json:
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def show_report(report: Report, output: str | None, as_json: bool) -> None:
+    from hf_purify.output import process
+
+    if process() != 0:
+        return
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.table())
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if output:
+        console.print(f"written to [bold]{output}[/] (start with report.html)", highlight=False)
