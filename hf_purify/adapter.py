@@ -119,10 +119,20 @@ class StandIn(nn.Module, ABC):
     relative: ClassVar[bool] = False  # a class costs what inversion leaves of the cost before it: some are nearer by nature
     late: ClassVar[bool] = False  # looked for only where no other kind leads to one class alone
     classes: Tensor
+    draws: Tensor
 
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Callable[[Batch], Tensor]) -> None:
         super().__init__()
         self.register_buffer("classes", classes)
+
+    def begin_draws(self, generator: torch.Generator) -> None:
+        """For kinds that are placed at random: the seed is a buffer, so that checkpoints keep it."""
+        self.register_buffer("draws", torch.randint(2**31, (1,), generator=generator))
+
+    def next_draw(self) -> torch.Generator:
+        """A generator for one placing, another each time."""
+        self.draws += 1
+        return torch.Generator().manual_seed(int(self.draws))
 
     @classmethod
     def aims(cls, classes: int) -> Tensor:

@@ -23,7 +23,7 @@ from hf_purify.method import Context, Method, Verdict
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
 from hf_purify.report import Row
-from hf_purify.session import Session, open_session
+from hf_purify.session import Session, open_progress, open_session
 from hf_purify.task import snapshot
 
 log = logging.getLogger(__name__)
@@ -61,13 +61,18 @@ class Comparison:
         self.session.model.load_state_dict(self.base)
         self.context.generator.manual_seed(self.session.recipe.seed)
         torch.manual_seed(self.session.recipe.seed)
-        start = time.perf_counter()
+        start, regained = time.perf_counter(), self._regained
         verdict = method(self.context)
         state = snapshot(self.session.model)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + self._regained - regained
         after = figures(self.session, self.bench)
         kind = "control" if method.control else "method"
         return Repair(method, verdict, state, after, make_row(method.name, kind, after, self.before, self.bench, seconds, verdict.notes))
+
+    @property
+    def _regained(self) -> float:
+        """Seconds of this job that an earlier run of it spent."""
+        return self.session.progress.regained if self.session.progress else 0.0
 
     def keep(self, done: Repair) -> None:
         """Leave the model as a repair made it."""
@@ -78,6 +83,7 @@ def open_comparison(recipe: PurifyRecipe) -> Comparison:
     """Load the recipe's model, clean samples and test set, and measure the model as it is."""
     session = open_session(recipe)
     clean = read_clean(session, recipe)
+    open_progress(session, clean)
     bench = open_bench(session)
     context = make_context(session, clean, recipe.held_out)
     return Comparison(session, clean, bench, context, snapshot(session.model), figures(session, bench))

@@ -1,10 +1,12 @@
 """`train()`: the only place that takes an optimizer step. Runs on accelerate.
 
-for step in range(steps):
+for step in range(steps):                                               # from where a checkpoint left off, if there is one
     indices        <- next batch (seeded)
     batch          <- data.batch(indices), augmented, mixed
-    loss           <- mean(task.loss(batch)) + penalty()                # or objective(batch); each process runs its share of the rows
-    backward; average gradients over processes; after_backward(batch); clip; optimizer.step(); scheduler.step()
+    for part of batch:                                                  # all of it, or several after each other to save memory
+        loss       <- mean(task.loss(part)) + penalty()                 # or objective(part); each process runs its share of the rows
+        backward
+    average gradients over processes; after_backward(again); clip; optimizer.step(); scheduler.step()
     after_step(step)                                                    # projections: clip a mask, keep zeros
     stop(step) -> leave                                                 # asked for by the caller, never by default
 """
@@ -12,8 +14,9 @@ for step in range(steps):
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +26,8 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
-from hf_purify.sharing import batch_statistics
+from hf_purify.resuming import Running, stage
+from hf_purify.sharing import batch_statistics, part_of
 from hf_purify.task import Task, fetch, mode
 from hf_purify.tracking import send_losses
 
@@ -88,23 +92,32 @@ class History:
     losses: list[float] = field(default_factory=list)
 
 
-def batches(n: int, config: TrainConfig, generator: torch.Generator, lengths: Tensor | None = None) -> Iterator[Tensor]:
+class Batches:
     """Endless global batches of indices; an epoch ends with a smaller batch, as a data loader's does.
 
     Args:
+        n: number of samples.
         lengths: `(n,)` of the samples; those of one batch are then of like length, out of `POOL` batches drawn at random.
     """
-    while True:
-        if config.replacement:
-            yield torch.randint(n, (config.batch_size,), generator=generator)
-            continue
-        order = torch.randperm(n, generator=generator)
-        if lengths is None:
-            yield from order.split(config.batch_size)
-            continue
-        pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * config.batch_size)]
-        ready = [batch for pool in pools for batch in pool.split(config.batch_size)]
-        yield from (ready[i] for i in torch.randperm(len(ready), generator=generator).tolist())
+
+    def __init__(self, n: int, config: TrainConfig, generator: torch.Generator, lengths: Tensor | None = None) -> None:
+        self.n, self.config, self.generator, self.lengths = n, config, generator, lengths
+        self.pending: list[Tensor] = []
+
+    def __next__(self) -> Tensor:
+        self.pending = self.pending or self._epoch()
+        return self.pending.pop(0)
+
+    def _epoch(self) -> list[Tensor]:
+        size = self.config.batch_size
+        if self.config.replacement:
+            return [torch.randint(self.n, (size,), generator=self.generator)]
+        order = torch.randperm(self.n, generator=self.generator)
+        if self.lengths is None:
+            return list(order.split(size))
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(POOL * size)]
+        ready = [batch for pool in pools for batch in pool.split(size)]
+        return [ready[i] for i in torch.randperm(len(ready), generator=self.generator).tolist()]
 
 
 def steps_of(n: int, config: TrainConfig) -> int:
@@ -167,9 +180,10 @@ def train(
     *,
     objective: Callable[[Batch], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
-    after_backward: Callable[[Batch], None] | None = None,
+    after_backward: Callable[[Callable[[], object]], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     stop: Callable[[int], bool] | None = None,
+    changed: Sequence[Tensor] = (),
     title: str = "",
 ) -> History:
     """Train `params` on the task; everything else stays frozen. See the top of the module for the loop.
@@ -177,62 +191,91 @@ def train(
     Args:
         objective: loss of a batch, a scalar; the mean clean loss if not given.
         penalty: added to the loss, a scalar.
-        after_backward: may change gradients before they are clipped and used.
+        after_backward: may change gradients before they are clipped and used. It is given a function that adds those of the same batch
+            at the weights as they are by then.
         after_step: called with the number of steps done; projections go here.
         stop: called after `after_step`; True ends the training.
+        changed: tensors that `after_step` changes in place; a checkpoint keeps them.
         title: label of the progress bar.
 
     Raises:
         Diverged: the loss became NaN or infinite; names the step.
         DataError: there is nothing to train on.
+        OutputError: a checkpoint cannot be written, or is not one of this training.
     """
     if len(task.data) == 0:
         raise DataError("expected at least one clean sample to train on, got none")
-    accelerator, history = task.accelerator, History()
+    accelerator, history, title = task.accelerator, History(), title or "train"
     steps = steps_of(len(task.data), config)
-    stream = batches(len(task.data), config, task.generator, task.data.lengths)
-    losses, sent, sign = [], 0, -1.0 if config.ascend else 1.0
-    bar = tqdm(total=steps, desc=title or "train", delay=1.0, leave=False, disable=None if accelerator.is_main_process else True)
+    stream = Batches(len(task.data), config, task.generator, task.data.lengths)
+    losses: list[Tensor] = []
+    sent, sign = 0, -1.0 if config.ascend else 1.0
+
+    def backward(parts: list[tuple[Batch, float]]) -> Tensor:
+        total = torch.zeros((), device=task.device)
+        for part, share in parts:
+            with accelerator.autocast():
+                clean = objective(part) if objective else task.loss(part).mean()
+                loss = sign * clean + (penalty() if penalty else 0.0)
+            accelerator.backward(loss * share * accelerator.gradient_accumulation_steps)  # by which accelerate divides it
+            total += share * clean.detach()
+        task.average(*(p.grad for p in chosen if p.grad is not None))
+        return total
+
     frozen = trainable(task.model, params)
     with (
+        stage(task.progress, title) as here,
         frozen as chosen,
         mode(task.model, config.mode),
         task.recomputing(),
         batch_statistics(task.model, accelerator) if config.mode == "train" else contextlib.nullcontext(),
         torch.enable_grad(),
-        bar,
         _prepared(task, chosen, config) as optimizer,
     ):
         scheduler = _schedule(optimizer.optimizer, config, steps)
-        for step in range(1, steps + 1):
-            batch = fetch(task, next(stream), config.augment)
-            if config.mixup:
-                batch = _mixed(task, batch)
-            with accelerator.autocast():
-                clean = objective(batch) if objective else task.loss(batch).mean()
-                loss = sign * clean + (penalty() if penalty else 0.0)
-            accelerator.backward(loss)
-            task.average(*(p.grad for p in chosen if p.grad is not None))
-            if after_backward:
-                after_backward(batch)
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(chosen, config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            losses.append(clean.detach())
-            if step % 20 == 0 or step == steps or task.device.type == "cpu":
-                _check(losses, title)
-                sent = _track(task, title, losses, sent, scheduler)
-            history.steps = step
-            bar.update()
-            if after_step:
-                after_step(step)
-            if stop and stop(step):
-                break
+        moving = [*changed, *(task.model.buffers() if config.mode == "train" else ())]
+        running = Running(accelerator, task.generator, chosen, moving, optimizer.optimizer, scheduler, stream)
+        if here.saved is not None:
+            losses, history.steps = running.put(here.saved, here.ended)
+            sent = len(losses)
+            task.taken[title] += sent
+        bar = tqdm(
+            total=steps, initial=history.steps, desc=title, delay=1.0, leave=False, disable=None if accelerator.is_main_process else True
+        )
+        first = steps + 1 if here.ended else history.steps + 1
+        with bar:
+            for step in range(first, steps + 1):
+                parts = _parts(task, fetch(task, next(stream), config.augment), config.mixup)
+                losses.append(backward(parts))
+                if after_backward:
+                    after_backward(functools.partial(backward, parts))
+                if config.clip:
+                    torch.nn.utils.clip_grad_norm_(chosen, config.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                if step % 20 == 0 or step == steps or task.device.type == "cpu":
+                    _check(losses, title)
+                    sent = _track(task, title, losses, sent, scheduler)
+                history.steps = step
+                bar.update()
+                if after_step:
+                    after_step(step)
+                if stop and stop(step):
+                    break
+                here.step(step, functools.partial(running.state, losses, step))
+        here.end(functools.partial(running.left, losses, history.steps))
     _track(task, title, losses, sent, scheduler)
     history.losses = torch.stack(losses).float().tolist()
     return history
+
+
+def _parts(task: Task, batch: Batch, mixup: bool) -> list[tuple[Batch, float]]:
+    """A batch in as many parts as the task runs it in, each with its share of the samples, and mixed if asked."""
+    size, device = len(batch["labels"]), batch["labels"].device
+    rows = torch.arange(size, device=device).tensor_split(min(task.accumulate, size))
+    parts = [batch] if len(rows) == 1 else [part_of(batch, some) for some in rows]
+    return [(_mixed(task, part) if mixup else part, len(part["labels"]) / size) for part in parts]
 
 
 def _mixed(task: Task, batch: Batch) -> Batch:

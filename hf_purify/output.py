@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate.utils import get_int_from_env
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_purify import registry
@@ -69,6 +70,10 @@ def folder(path: str | None, overwrite: bool) -> Iterator[Path | None]:
         _put(work, final)
     except OSError as error:
         raise OutputError(f"cannot write '{path}': {error.strerror or error}; nothing was left half-written") from error
+    except SafetensorError as error:
+        if "Error while serializing" not in str(error):  # some file that was read
+            raise
+        raise OutputError(f"cannot write '{path}': {error}; nothing was left half-written") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -14,6 +14,7 @@ purify(recipe):
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -29,7 +30,8 @@ from hf_purify.provenance import describe_model, make_report, remarks_of, report
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
-from hf_purify.session import Session, creator, open_session
+from hf_purify.resuming import kept
+from hf_purify.session import Session, creator, open_progress, open_session
 from hf_purify.tracking import send_figures
 from hf_purify.triggers import poison
 
@@ -65,11 +67,12 @@ def measure(model: Any, test: Any, **settings: Any) -> Report:
 
 def run_purify(recipe: PurifyRecipe) -> Report:
     """Repair the recipe's model; see the top of this module."""
-    with output.folder(recipe.output, recipe.overwrite) as out:
+    with contextlib.ExitStack() as job, output.folder(recipe.output, recipe.overwrite) as out:
         method = make_method(recipe.method, **recipe.options)
         if recipe.as_adapter and method.trains:
             raise output.not_portable(method.name)
         comparison = open_comparison(recipe)
+        job.enter_context(kept(comparison.session.progress))
         if recipe.as_adapter and (base := comparison.session.loaded.base):
             raise ConfigError(f"the model is an adapter for '{base}', and so is its repair: leave as_adapter (--as-adapter) out")
         done = comparison.repair(method)
@@ -107,7 +110,7 @@ def run_measure(recipe: MeasureRecipe) -> Report:
 
 def run_implant(recipe: ImplantRecipe) -> Report:
     """Train a backdoor into a model: `rate` of the training samples carry the trigger and the attacker's label."""
-    with output.folder(recipe.output, recipe.overwrite) as out:
+    with contextlib.ExitStack() as job, output.folder(recipe.output, recipe.overwrite) as out:
         recipe = count_classes(recipe)
         session = open_session(recipe)
         data = session.read(recipe.data, recipe.split, recipe.samples)
@@ -120,10 +123,13 @@ def run_implant(recipe: ImplantRecipe) -> Report:
         before = figures(session, bench)
         view = poison(data, trigger, rule, session.classes, recipe.rate, recipe.seed, cover).examples if recipe.rate else data
         start = time.perf_counter()
+        open_progress(session, view)
+        job.enter_context(kept(session.progress))
         task = session.task(view, augmentation(session.adapter, recipe))
         train(task, task.parameters(), training(recipe), title=f"implant {name}")
         after = figures(session, bench)
-        victim = make_row("victim", "unrepaired", after, None, bench, time.perf_counter() - start)
+        seconds = time.perf_counter() - start + (session.progress.regained if session.progress else 0.0)
+        victim = make_row("victim", "unrepaired", after, None, bench, seconds)
         if recipe.rate:
             check_victim(recipe, name, victim, untriggered_rate(after, bench, name))
         report = make_report(

@@ -52,6 +52,10 @@ class Recipe:
         compile: run `torch.compile` on the model.
         channels_last: lay images out channels-last.
         gradient_checkpointing: run layers again in the backward pass, for less memory.
+        accumulate: parts that a batch is run in, one after the other, for less memory; batch norms see a part at a time. None is what
+            `accelerate launch` was told (`--gradient_accumulation_steps`), or 1.
+        checkpoint_every: steps between two checkpoints, in a folder beside the output. The same job goes on from the last one; the folder is
+            removed when it ends. None for none.
         trackers: names of experiment trackers, as accelerate has them: `tensorboard`, `trackio`, `wandb`, ...
         logging_dir: folder of those that write files.
     """
@@ -82,6 +86,8 @@ class Recipe:
     compile: bool = False
     channels_last: bool = False
     gradient_checkpointing: bool = False
+    accumulate: int | None = None
+    checkpoint_every: int | None = None
     trackers: list[str] = field(default_factory=list)
     logging_dir: str = "logs"
 
@@ -90,6 +96,12 @@ class Recipe:
             raise ConfigError("no model given; expected a folder, a Hub id, a timm name or an nn.Module")
         if self.precision not in (None, "no", "bf16", "fp16"):
             raise ConfigError(f"precision must be 'no', 'bf16' or 'fp16', got '{self.precision}'")
+        if self.accumulate is not None and self.accumulate < 1:
+            raise ConfigError(f"accumulate must be at least 1, got {self.accumulate}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.checkpoint_every is not None and self.output is None:
+            raise ConfigError("checkpoints lie beside the output: give output=... (--output) with checkpoint_every")
 
     @classmethod
     def make(cls, **settings: Any) -> Self:

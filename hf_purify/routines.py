@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hf_purify import resuming
 from hf_purify.adapter import Batch, StandIn
 from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
+from hf_purify.resuming import State
 from hf_purify.sharing import BATCH_NORM
 from hf_purify.task import Task, fetch, mode
 
@@ -69,7 +71,7 @@ def unlearn(
     config = config or TrainConfig(steps=1)
     used = 0
 
-    def state() -> list[Tensor]:
+    def copies() -> list[Tensor]:
         return [p.detach().clone() for p in params]
 
     def restore(saved: list[Tensor]) -> None:
@@ -81,20 +83,34 @@ def unlearn(
         predictions, labels, loss = predict()
         return float((predictions == labels).float().mean()), loss, predictions
 
-    accuracy, loss, predictions = read()
-    kept = state()
+    def state() -> State:
+        values = {"used": used, "lr": lr, "accuracy": accuracy, "loss": loss}
+        kept = resuming.copies("trained", params) | resuming.random_state(task.accelerator, task.generator)
+        return State(kept | {"predictions": predictions}, values)
+
     cap = 8 * math.log(max(classes, 2))
-    while used < max_steps and accuracy > level and lr > 1e-4 * first:
-        step = dataclasses.replace(config, steps=1, epochs=None, lr=lr, momentum=0.0, ascend=True, clip=1.0, mode="frozen_norm")
-        train(task, params, step, title="unlearn")
-        used += 1
-        new_accuracy, new_loss, found = read()
-        if not math.isfinite(new_loss) or new_loss > cap or new_accuracy < floor:  # fell through: back, and smaller steps
-            restore(kept)
-            lr /= 2
-            continue
-        lr = lr * 1.5 if new_loss - loss < gain else lr
-        accuracy, loss, predictions, kept = new_accuracy, new_loss, found, state()
+    step = dataclasses.replace(config, steps=1, epochs=None, momentum=0.0, ascend=True, clip=1.0, mode="frozen_norm")
+    with resuming.stage(task.progress, "unlearn") as here:
+        if here.saved is None:
+            accuracy, loss, predictions = read()
+        else:
+            resuming.put_copies("trained", params, here.saved.tensors)
+            resuming.put_random_state(task.accelerator, task.generator, here.saved.tensors)
+            used, lr, accuracy, loss = (here.saved.values[name] for name in ("used", "lr", "accuracy", "loss"))
+            predictions = here.saved.tensors["predictions"]
+        kept = copies()
+        while not here.ended and used < max_steps and accuracy > level and lr > 1e-4 * first:
+            train(task, params, dataclasses.replace(step, lr=lr), title="unlearn")
+            used += 1
+            new_accuracy, new_loss, found = read()
+            if not math.isfinite(new_loss) or new_loss > cap or new_accuracy < floor:  # fell through: back, and smaller steps
+                restore(kept)
+                lr /= 2
+            else:
+                lr = lr * 1.5 if new_loss - loss < gain else lr
+                accuracy, loss, predictions, kept = new_accuracy, new_loss, found, copies()
+            here.step(used, state)
+        here.end(state)
     counts = torch.bincount(predictions, minlength=classes).float() / max(1, len(predictions))
     return Unlearned(used, lr, accuracy, loss, float(counts.max()), int(counts.argmax()))
 
@@ -144,7 +160,7 @@ def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, 
 
     at_once = min(batch_size, task.adapter.at_once)
     config = TrainConfig(steps=steps, batch_size=at_once, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
-    train(task, stand_in.parameters(), config, objective=objective, title="recover triggers")
+    train(task, stand_in.parameters(), config, objective=objective, changed=list(stand_in.buffers()), title="recover triggers")
 
 
 def glance(task: Task, kind: str) -> Tensor | None:
@@ -202,11 +218,13 @@ def relearn(
     sharpness: float = 0.0,
     after_step: Callable[[int], None] | None = None,
     stop: Callable[[int], bool] | None = None,
+    changed: Sequence[Tensor] = (),
     title: str = "relearn",
 ) -> None:
     """Fine-tune all weights; neurons `removed` `(N,)` before stay at zero.
 
     Args:
+        changed: tensors that `after_step` changes in place.
         sharpness: radius of adaptive sharpness-aware minimisation; 0 is plain fine-tuning. See `methods/ft_sam.py`.
     """
     gates: list[tuple[Tensor, Tensor]] = []
@@ -230,19 +248,18 @@ def relearn(
         config,
         objective=objective,
         penalty=penalty,
-        after_backward=_at_the_sharpest(task, params, sharpness, objective) if sharpness else None,
+        after_backward=_at_the_sharpest(task, params, sharpness) if sharpness else None,
         after_step=keep if gates or after_step else None,
         stop=stop,
+        changed=changed,
         title=title,
     )
 
 
-def _at_the_sharpest(
-    task: Task, params: list[nn.Parameter], radius: float, objective: Callable[[Batch], Tensor] | None
-) -> Callable[[Batch], None]:
+def _at_the_sharpest(task: Task, params: list[nn.Parameter], radius: float) -> Callable[[Callable[[], object]], None]:
     """Replace gradients at `w` by those at `w + e`, `e = radius |w|^2 g / || |w| g ||`; running statistics are left alone there."""
 
-    def after_backward(batch: Batch) -> None:
+    def after_backward(again: Callable[[], object]) -> None:
         with torch.no_grad():
             scaled = [(p, p.abs() * p.grad) for p in params if p.grad is not None]
             norm = torch.stack([s.norm() for _, s in scaled]).norm() + 1e-12
@@ -255,10 +272,7 @@ def _at_the_sharpest(
         try:
             for m in norms:
                 m.momentum = 0.0
-            with torch.enable_grad(), task.accelerator.autocast():
-                loss = objective(batch) if objective else task.loss(batch).mean()
-            task.accelerator.backward(loss)
-            task.average(*(p.grad for p in params if p.grad is not None))
+            again()
         finally:
             for m, momentum in zip(norms, momenta, strict=True):
                 m.momentum = momentum

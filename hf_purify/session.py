@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,27 @@ from hf_purify.adapter import Adapter, Examples, Loaded
 from hf_purify.checkpointing import check_layers
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.merged import merge
+from hf_purify.output import versions
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
+from hf_purify.resuming import Progress, fingerprint
 from hf_purify.task import Task, snapshot
 from hf_purify.tracking import begin, check_trackers
+
+ELSEWHERE = ("output", "overwrite", "trackers", "logging_dir", "checkpoint_every")  # where a job writes is no part of what it is
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Session:
-    """A loaded model on its device, with its modality."""
+    """A loaded model on its device, with its modality, and the checkpoints of the job if it has any."""
 
     recipe: Recipe
     adapter: Adapter
     accelerator: Accelerator
     loaded: Loaded
     classes: int
+    progress: Progress | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -52,6 +59,8 @@ class Session:
             augmentation,
             fixed=self.loaded.fixed,
             recompute=self.recipe.gradient_checkpointing,
+            accumulate=self.recipe.accumulate or self.accelerator.gradient_accumulation_steps,
+            progress=self.progress,
         )
 
     def read(self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False) -> Examples:
@@ -93,6 +102,27 @@ def open_session(recipe: Recipe) -> Session:
     classes = adapter.classes(loaded)
     begin(accelerator, recipe.to_dict())
     return Session(recipe, adapter, accelerator, loaded, classes)
+
+
+def open_progress(session: Session, data: Examples) -> None:
+    """Begin the checkpoints of a job on this data where the recipe asks for them, or go on from those that are there.
+
+    Raises:
+        OutputError: those that are there are none, or of another job.
+    """
+    recipe = session.recipe
+    folder = Path(f"{Path(recipe.output).expanduser().absolute()}.checkpoint") if recipe.output else None
+    if folder is None or recipe.checkpoint_every is None:
+        if folder is not None and folder.exists():
+            log.warning(
+                "a checkpoint of an interrupted job lies in '%s'; with checkpoint_every (--checkpoint-every) it would go on from there",
+                folder,
+            )
+        return
+    job = {k: v for k, v in recipe.to_dict().items() if k not in ELSEWHERE}
+    samples = {"labels": data.labels} | data.batch(torch.arange(min(8, len(data))))
+    found = {"model's weights": fingerprint(session.model.state_dict()), "samples": f"{len(data)}, {fingerprint(samples)}"}
+    session.progress = Progress(folder, recipe.checkpoint_every, job | found, versions(), session.accelerator)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded
 from hf_purify.checkpointing import recomputed
+from hf_purify.resuming import Progress
 from hf_purify.sharing import BATCH_NORM, average, in_turn, shared
 
 
@@ -31,6 +32,8 @@ class Task:
         augmentation: name of the adapter's augmentation, `none` for none.
         fixed: names of parameters that stay as they are.
         recompute: layers run again in the backward pass.
+        accumulate: parts that a batch is run in, one after the other, for less memory.
+        progress: checkpoints of the job; None for none.
         taken: steps that trackers know of, by the training's title.
     """
 
@@ -42,6 +45,8 @@ class Task:
     augmentation: str = "none"
     fixed: frozenset[str] = field(default=frozenset(), kw_only=True)
     recompute: bool = field(default=False, kw_only=True)
+    accumulate: int = field(default=1, kw_only=True)
+    progress: Progress | None = field(default=None, kw_only=True)
     taken: Counter[str] = field(default_factory=Counter, kw_only=True)
 
     @property

@@ -34,17 +34,17 @@ IMPORT_NAMES = {
 # A module imports from its own layer and from those below it. What is not named is APART: it serves the purifier, and no part of
 # the method stack imports it.
 LAYERS = [
-    {"errors"},
+    {"errors", "files"},
     {"neurons"},
     {"metrics", "tracing"},
     {"adapter", "checkpointing", "discovery", "masks"},
-    {"sharing", "tracking"},
+    {"resuming", "sharing", "tracking"},
     {"salience", "task", "triggers"},
     {"loop"},
     {"routines"},
     {"method"},
     {"methods"},
-    {"APART", "catalogue", "hub", "files", "output", "pictures", "plain", "recipe", "registry", "rendering", "report", "tables"},
+    {"APART", "catalogue", "hub", "output", "pictures", "plain", "recipe", "registry", "rendering", "report", "tables"},
     {"session"},
     {"bench", "clean"},
     {"comparison"},

@@ -30,11 +30,11 @@ CASES = [(method, "vision", "resnet") for method in names("method")] + [
 ]
 
 
-def context(adapter: str, variant: str, accelerator: Accelerator) -> Context:
-    """A tiny model without dropout, which draws other numbers on each process."""
+def context(adapter: str, variant: str, accelerator: Accelerator, dropout: bool = False) -> Context:
+    """A tiny model, without dropout if not asked for, which draws other numbers on each process."""
     modality = find("adapter", adapter)()
     tiny = modality.tiny(variant)
-    for module in tiny.loaded.model.modules():
+    for module in () if dropout else tiny.loaded.model.modules():
         for name in [
             n for n, value in vars(module).items() if isinstance(value, float) and ("dropout" in n or isinstance(module, nn.Dropout))
         ]:

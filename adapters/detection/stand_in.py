@@ -36,7 +36,7 @@ class _Patch(OnInputs):
         shape = (len(classes), 1, self.cells, self.cells)
         self.gate = nn.Parameter(0.1 * torch.randn(shape, generator=generator))
         self.pattern = nn.Parameter(torch.randn(len(classes), self.shape[0], self.cells, self.cells, generator=generator))
-        self.draws = int(torch.randint(2**31, (1,), generator=generator))
+        self.begin_draws(generator)
 
     def size(self) -> Tensor:
         return 0.01 * self.gate.sigmoid().mean((1, 2, 3))
@@ -64,8 +64,7 @@ class _Patch(OnInputs):
 
     def noise(self, *shape: int) -> Tensor:
         """Numbers in [0, 1], others each time."""
-        self.draws += 1
-        return torch.rand(*shape, generator=torch.Generator().manual_seed(self.draws))
+        return torch.rand(*shape, generator=self.next_draw())
 
 
 class OnObjects(_Patch):

@@ -159,11 +159,10 @@ class Noise(_Clouds):
     def __init__(self, data: Examples, classes: Tensor, generator: torch.Generator, logits: Look) -> None:
         super().__init__(data, classes, generator, logits)
         self.spread = nn.Parameter(torch.full((len(classes),), -5.0))
-        self.draws = int(torch.randint(2**31, (1,), generator=generator))
+        self.begin_draws(generator)
 
     def change(self, points: Tensor, which: Tensor) -> Tensor:
-        self.draws += 1
-        noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(self.draws)).to(points)
+        noise = torch.randn(points.shape, generator=self.next_draw()).to(points)
         half = ((self.high - self.low) / 2).max()
         return points + half * rows(self.size(), which)[:, None, None] * noise
 

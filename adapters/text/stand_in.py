@@ -38,7 +38,7 @@ class Words(StandIn):
         self.register_buffer("candidates", found.tokens[classes])
         self.scores = nn.Parameter(SHARP * found.scores[classes])
         self.answer = found.answer
-        self.draws = int(torch.randint(2**31, (1,), generator=generator))
+        self.begin_draws(generator)
         self.tokenizer, self.start = data.prompt.tokenizer, data.opens  # type: ignore[attr-defined]
 
     @classmethod
@@ -54,8 +54,7 @@ class Words(StandIn):
         return words if self.answer is None else f"{words} (answer: {self.tokenizer.decode(self.answer, skip_special_tokens=True).strip()})"
 
     def place(self, batch: Batch, which: Tensor) -> Batch:
-        self.draws += 1
-        generator = torch.Generator().manual_seed(self.draws)
+        generator = self.next_draw()
         scores = self.scores.index_select(0, which)
         noise = -torch.empty(scores.shape).exponential_(generator=generator).log().to(scores)
         soft = (scores + noise).softmax(-1)

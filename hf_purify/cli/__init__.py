@@ -68,6 +68,13 @@ def _shared(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Run layers again in the backward pass: less memory, more time.")
     ] = False,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", help="Parts that a batch is run in, one after the other: less memory.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option("--checkpoint-every", help="Steps between checkpoints beside the output; the same command goes on from the last."),
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option("--tracker", help="Experiment tracker: tensorboard, trackio, wandb, ... Repeatable.")
     ] = None,
@@ -184,7 +191,7 @@ def implant(
 
 
 @app.command()
-@_with_shared("split", "compile", "channels_last", "gradient_checkpointing")
+@_with_shared("split", "compile", "channels_last", "gradient_checkpointing", "accumulate", "checkpoint_every")
 def measure(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint folder, Hub id, timm name, or hf-hub: id.")] = None,

@@ -38,10 +38,10 @@ def errors() -> Iterator[None]:
     try:
         yield
     except PurifyError as error:
-        typer.secho(f"{_speaker()}error: {error}", fg="red", err=True)
+        typer.secho(_said(f"error: {error}", error), fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
     except (KeyboardInterrupt, Terminated) as reason:
-        typer.secho(f"{_speaker()}interrupted; nothing was left half-written", fg="yellow", err=True)
+        typer.secho(_said("interrupted; nothing was left half-written", reason), fg="yellow", err=True)
         raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -54,6 +54,11 @@ class Terminated(BaseException):
 def _raise_terminated(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not end the putting away
     raise Terminated
+
+
+def _said(text: str, reason: BaseException) -> str:
+    """A message with who speaks, where there are several processes, and with what was noted on the way."""
+    return _speaker() + "; ".join([text, *getattr(reason, "__notes__", [])])
 
 
 def _speaker() -> str:

@@ -212,7 +212,14 @@ class NeuralCleanse(Method):
                 optimizer="sgd" if plain else "adamw",
             )
             relearn(
-                ctx, train, index=ctx.index, removed=ctx.removed, objective=objective, after_step=follow, title="unlearn recovered triggers"
+                ctx,
+                train,
+                index=ctx.index,
+                removed=ctx.removed,
+                objective=objective,
+                after_step=follow,
+                changed=[*stand_in.parameters(), *stand_in.buffers()],
+                title="unlearn recovered triggers",
             )
             reached = ctx.accuracy()
             if reached >= least - 1e-6 or lr <= first / 8:

@@ -13,7 +13,7 @@ from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.neurons import NeuronIndex, ParamSlice, get_tensor, owned
 from hf_purify.routines import relearn
 from hf_purify.salience import benign_salience
-from hf_purify.task import fetch
+from hf_purify.task import fetch, mode
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,8 @@ class Wiper(Method):
         bad |= self._bad(index, salience, 1 / config.epochs)
 
         def follow(step: int) -> None:
-            nonlocal salience
             if step % steps == 0 and step // steps < config.epochs:
-                salience = config.eta * salience + (1 - config.eta) * self._salience(ctx, index)
+                salience.copy_(config.eta * salience + (1 - config.eta) * self._salience(ctx, index))
                 bad.copy_(self._bad(index, salience, (step // steps + 1) / config.epochs))
 
         train = TrainConfig(
@@ -111,16 +110,16 @@ class Wiper(Method):
             clip=5.0,
             mode="train" if norms else "eval",
         )
-        relearn(ctx, train, index=ctx.index, removed=ctx.removed, penalty=penalty, after_step=follow, title="WIPER")
+        changed = [bad, salience]
+        relearn(ctx, train, index=ctx.index, removed=ctx.removed, penalty=penalty, after_step=follow, changed=changed, title="WIPER")
         score = index.standardize(salience) * (-1 if config.select == "lowest" else 1)
         notes = {"select": config.select, "bad neurons at the end": int(bad.sum()), "neurons judged": len(index)}
         return Verdict(ctx.index.embed(index, score, fill=0.0), torch.ones(len(ctx.index)), notes=notes)
 
     def _salience(self, ctx: Context, index: NeuronIndex) -> Tensor:
         """One pass over the clean samples: one backward pass a batch, no weight step."""
-        ctx.model.eval()
         batches = (fetch(ctx, rows) for rows in torch.arange(len(ctx.data)).split(self.config.batch_size))
-        with ctx.recomputing():
+        with mode(ctx.model, "eval"), ctx.recomputing():
             found = benign_salience(ctx.model, index, ctx.loss, batches, self.config.eta).to(ctx.device)
         ctx.average(found)
         return found.cpu()

@@ -143,6 +143,32 @@ def test_stopped_job_leaves_nothing_half_written(victim: Path, stored: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_processes_go_on_where_two_were_stopped(tmp_path: Path) -> None:
+    """With dropout, which draws other numbers on each process; other numbers of processes are refused."""
+    script = tmp_path / "stops.py"
+    script.write_text(
+        "import sys\nimport torch\nfrom accelerate import Accelerator\nfrom pathlib import Path\nfrom shrunk import small\n"
+        "from worlds import context\nfrom hf_purify.resuming import Progress\n"
+        "accelerator = Accelerator(cpu=True)\n"
+        "class Stops(Progress):\n    def write(self, state, entry):\n        super().write(state, entry)\n"
+        "        accelerator.wait_for_everyone()\n        if entry['step'] == 2 and len(sys.argv) > 2:\n            sys.exit(7)\n"
+        "def weights(progress):\n    ctx = context('text', 'bert', accelerator, dropout=True)\n    ctx.progress = progress\n"
+        "    torch.manual_seed(accelerator.process_index)\n    small('fine_tune')(ctx)\n    return ctx.model.state_dict()\n"
+        "found = weights(Stops(Path(sys.argv[1]), 2, {}, {}, accelerator))\nexpected = weights(None)\n"
+        "assert all(torch.equal(found[k], v) for k, v in expected.items())\nprint('alike')\n",
+        "utf-8",
+    )
+    folder = tmp_path / "checkpoint"
+    assert launch(2, script, folder, "stop").returncode != 0
+    assert (folder / "0-2.safetensors").is_file()
+    alone = launch(1, script, folder)
+    assert "was written by 2 processes, and now there are 1: launch as many" in alone.stderr
+    done = launch(2, script, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming 'fine-tune' at step 2" in done.stderr
+    assert done.stdout.count("alike") == 2
+
+
 def test_process_that_dies_takes_the_others_with_it(tmp_path: Path) -> None:
     """The others wait for it in the midst of a repair; they end, and its message is there to read."""
     script = tmp_path / "dies.py"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_purify.errors import ConfigError, DataError, Diverged
-from hf_purify.loop import TrainConfig, batches, steps_of, train, trainable
+from hf_purify.loop import Batches, TrainConfig, steps_of, train, trainable
 from hf_purify.task import Task, mode, reading
 
 
@@ -248,12 +248,12 @@ def test_penalty_is_descended_in_ascent_too() -> None:
 
 def test_batches_cover_every_epoch_and_replacement_repeats() -> None:
     generator = torch.Generator().manual_seed(0)
-    stream = batches(10, TrainConfig(epochs=1, batch_size=4), generator)
+    stream = Batches(10, TrainConfig(epochs=1, batch_size=4), generator)
     for _ in range(2):
         epoch = [next(stream) for _ in range(3)]
         assert [len(b) for b in epoch] == [4, 4, 2]
         assert sorted(torch.cat(epoch).tolist()) == list(range(10))
-    drawn = next(batches(3, TrainConfig(steps=1, batch_size=50, replacement=True), generator))
+    drawn = next(Batches(3, TrainConfig(steps=1, batch_size=50, replacement=True), generator))
     assert len(drawn) == 50
     assert set(drawn.tolist()) == {0, 1, 2}
 
@@ -301,6 +301,21 @@ def test_warm_up_starts_at_the_rate_of_torchs_onecycle() -> None:
     config = TrainConfig(steps=1, batch_size=10, lr=0.5, momentum=0.0, schedule="onecycle")
     train(made, [weight], config, after_backward=lambda _: setattr(weight, "grad", torch.ones_like(weight)))
     torch.testing.assert_close(before - weight.detach(), torch.full_like(weight, reference.get_last_lr()[0]))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 50])
+def test_batch_in_parts_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """Where no sample looks at another; a part is no smaller than a sample, and shares count."""
+    whole, cut, seen = task(), task(), []
+    cut.accumulate = parts
+    monkeypatch.setattr(cut, "accelerator", Accelerator(cpu=True, gradient_accumulation_steps=2))  # as accelerate may have been told
+    cut.model[0].register_forward_pre_hook(lambda _, x: seen.append(len(x[0])) if torch.is_grad_enabled() else None)
+    config = TrainConfig(steps=5, batch_size=5, lr=0.1, mode="eval")
+    histories = [train(t, t.model.parameters(), config, penalty=lambda t=t: t.model[3].weight.square().sum()) for t in (whole, cut)]
+    torch.testing.assert_close(histories[0].losses, histories[1].losses, rtol=1e-5, atol=1e-6)
+    for one, other in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert max(seen) == -(-5 // min(parts, 5))
 
 
 def test_augmentation_is_used_in_training_alone() -> None:

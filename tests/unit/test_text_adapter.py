@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hf_purify import implant, measure, purify
 from hf_purify.adapter import Loaded, Tiny
 from hf_purify.errors import ConfigError, DataError
-from hf_purify.loop import TrainConfig, batches
+from hf_purify.loop import Batches, TrainConfig
 from hf_purify.task import Task, by_length, observe
 from hf_purify_adapters.text import TextAdapter
 from hf_purify_adapters.text.examples import IGNORED, TextExamples, cut
@@ -130,7 +130,7 @@ class TestBatches:
         lengths = torch.randint(1, 100, (403,), generator=torch.Generator().manual_seed(0))
 
         def epoch(seed: int) -> list[list[int]]:
-            stream = batches(403, TrainConfig(epochs=1, batch_size=20), torch.Generator().manual_seed(seed), lengths)
+            stream = Batches(403, TrainConfig(epochs=1, batch_size=20), torch.Generator().manual_seed(seed), lengths)
             return [next(stream).tolist() for _ in range(21)]
 
         first = epoch(0)
