@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hf_purify.adapter import Loaded
+from hf_purify.adapter import Loaded, spread_over
 from hf_purify.errors import ModelError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -93,11 +94,20 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
     check_config(parsed, source)
     if head and parsed.num_labels != head.classes:
         parsed.num_labels = head.classes
-    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    if (processes := spread_over()) > 1:
+        options["distributed_config"] = fsdp_config(parsed, auto, source, processes)
     try:
         model, info = auto.from_pretrained(folder, config=parsed, **options)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
+    if processes > 1:
+        model.set_reshard_after_forward(True)  # what stayed gathered after an evaluation would not see the next change
     brought = head.modules if head else ()
     missing, mismatched = (
         [k for k in info.get(kind) or () if not _inside(k if isinstance(k, str) else k[0], brought)]
@@ -105,6 +115,26 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
     )
     check_loaded(missing, mismatched, source)
     return model.eval()
+
+
+def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:
+    """How transformers spreads a model over processes as it loads it: layer by layer (FSDP2), so that none holds it whole.
+
+    Raises:
+        ModelError: it has no layers to be gathered one after the other, or this version of transformers cannot.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise ModelError("this version of transformers cannot load a model that is spread over processes (FSDP): update it") from error
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    with torch.device("meta"):
+        bare = auto.from_config(config)
+    layers = [re.sub(r"\.\d+(?=\.|$)", ".*", n) for n, m in bare.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"'{source}' has no layers that can be spread over processes (FSDP): launch without it")
+    return DistributedConfig(fsdp_size=processes, fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
 
 
 def check_config(config: Any, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -102,6 +103,12 @@ class Demo:
     samples: int = 200
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def spread_over() -> int:
+    """Processes that a model is to be spread over while it is loaded: all of them, where accelerate was launched with FSDP; else 1."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return int(os.environ.get("WORLD_SIZE", "1")) if wanted else 1
 
 
 class StandIn(nn.Module, ABC):

@@ -21,14 +21,16 @@ A neuron of a layer that does not run itself knows who called it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from hf_purify.errors import ModelError
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.sharding import is_sharded
 from hf_purify.tracing import Call, Feed, Tracer
+from hf_purify.twins import index_by_twin
 
 
 def _blocks(names: list[str], model: nn.Module) -> list[int]:
@@ -48,6 +50,13 @@ def _blocks(names: list[str], model: nn.Module) -> list[int]:
         prefix = ".".join(parts[: found[-1] + 1]) if found else ""
         numbers.append(0 if not prefix else seen.setdefault(prefix, len(seen) + 1))
     return numbers
+
+
+def _numbered(groups: Iterable[NeuronGroup], model: nn.Module) -> NeuronIndex:
+    """An index of groups that know their blocks."""
+    found = list(groups)
+    blocks = _blocks([g.name for g in found], model)
+    return NeuronIndex(tuple(dataclasses.replace(g, block=b) for g, b in zip(found, blocks, strict=True)))
 
 
 def _slices(call: Call, offset: int) -> list[ParamSlice]:
@@ -114,8 +123,12 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
             language model: its vocabulary is no set of classes.
 
     Raises:
-        ModelError: no group was found.
+        ModelError: no group was found, or the model is spread over processes and its neurons cannot be told from a part of it.
     """
+    if is_sharded(model):
+        found = index_by_twin(model, lambda twin: discover(twin, forward, classes))
+        blocks = _blocks([g.name for g in found], model)
+        return NeuronIndex(tuple(dataclasses.replace(g, block=b) for g, b in zip(found, blocks, strict=True)))
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -134,8 +147,7 @@ def discover(model: nn.Module, forward: Callable[[nn.Module], Tensor], classes: 
         if not call.embeds:
             layers.setdefault((call.name, call.rows), []).insert(0, call)
     head = next((r[0] for r in layers.values() if not r[0].norm and r[0].size == classes), None)
-    found = [g for r in reversed(layers.values()) for g in _groups(r, head)]
-    if not found:
+    groups = [g for r in reversed(layers.values()) for g in _groups(r, head)]
+    if not groups:
         raise ModelError("no neurons found: the model has no affine norm and no hidden layer that could be masked")
-    blocks = _blocks([g.name for g in found], model)
-    return NeuronIndex(tuple(dataclasses.replace(g, block=b) for g, b in zip(found, blocks, strict=True)))
+    return _numbered(groups, model)

@@ -163,16 +163,6 @@ def _optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.optim.O
     return torch.optim.AdamW(params, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
 
 
-@contextlib.contextmanager
-def _prepared(task: Task, params: list[nn.Parameter], config: TrainConfig) -> Iterator[AcceleratedOptimizer]:
-    """An optimizer as accelerate wants it; accelerate holds on to each one for good, so it is taken out afterwards."""
-    optimizer = task.accelerator.prepare(_optimizer(params, config))
-    try:
-        yield optimizer
-    finally:
-        task.accelerator._optimizers.remove(optimizer)
-
-
 def train(
     task: Task,
     params: Iterable[nn.Parameter],
@@ -230,8 +220,9 @@ def train(
         task.recomputing(),
         batch_statistics(task.model, accelerator) if config.mode == "train" else contextlib.nullcontext(),
         torch.enable_grad(),
-        _prepared(task, chosen, config) as optimizer,
     ):
+        # not by `prepare`, which keeps every optimizer for good, and wants one that is sharded with its model
+        optimizer = AcceleratedOptimizer(_optimizer(chosen, config), device_placement=False, scaler=accelerator.scaler)
         scheduler = _schedule(optimizer.optimizer, config, steps)
         moving = [*changed, *(task.model.buffers() if config.mode == "train" else ())]
         running = Running(accelerator, task.generator, chosen, moving, optimizer.optimizer, scheduler, stream)
@@ -250,6 +241,7 @@ def train(
                 if after_backward:
                     after_backward(functools.partial(backward, parts))
                 if config.clip:
+                    accelerator.unscale_gradients(optimizer)
                     torch.nn.utils.clip_grad_norm_(chosen, config.clip)
                 optimizer.step()
                 optimizer.zero_grad()

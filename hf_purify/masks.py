@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from hf_purify.errors import ConfigError, IndexMismatch
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, shaped, spread
+from hf_purify.sharding import is_sharded, multiply_
 
 MASK_FILE = "neuron_mask.safetensors"
 MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
@@ -209,10 +210,12 @@ def masked(model: nn.Module, index: NeuronIndex, mask: Tensor, level: str = "act
 
     Raises:
         IndexMismatch: the mask is not `(N,)`.
-        ConfigError: an unknown level.
+        ConfigError: an unknown level, or that of weights on a model that is spread over processes.
     """
     if level not in ("activation", "weight"):
         raise ConfigError(f"level must be 'activation' or 'weight', got '{level}'")
+    if level == "weight" and is_sharded(model):
+        raise ConfigError("the model is spread over processes (FSDP), where masks act on activations alone: leave level='weight' out")
     index.check(mask)
     if mask.requires_grad and not isinstance(mask, nn.Parameter):
         raise ConfigError("a mask that is learned must be an nn.Parameter")
@@ -257,8 +260,7 @@ def bake(model: nn.Module, index: NeuronIndex, mask: Tensor, bias: bool = False)
     index.check(mask)
     for group, part in ((g, p) for g in index for p in _parts(g, bias)):
         weight = get_tensor(model, part.param)
-        scale = spread(index.split(mask)[group.name], part).to(weight.device, weight.dtype)
-        weight.narrow(part.axis, part.start, scale.numel()).mul_(shaped(scale, weight.dim(), part.axis))
+        multiply_(weight, spread(index.split(mask)[group.name], part), part.axis, part.start)
     return model
 
 

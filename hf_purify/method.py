@@ -19,6 +19,7 @@ from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
+from hf_purify.sharding import Original, is_sharded, local
 from hf_purify.task import Task, reading
 
 
@@ -122,7 +123,9 @@ class Context(Task):
 
     def teacher(self) -> nn.Module:
         """A frozen copy of the original model, in eval mode: its own predictions on clean samples are worth keeping."""
-        return self.original if self.original is not None else copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.original is not None:
+            return self.original
+        return Original(self.model) if is_sharded(self.model) else copy.deepcopy(self.model).eval().requires_grad_(False)
 
     @contextmanager
     def copy(self) -> Iterator[None]:
@@ -145,6 +148,7 @@ class Method(ABC):
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     control: ClassVar[bool] = False  # shown beside every repair, never recommended
     trains: ClassVar[bool] = False  # moves weights themselves, so that its mask is not the whole repair
+    spreads: ClassVar[bool] = True  # works on models that are spread over processes
 
     def __init__(self, config: MethodConfig | None = None, **options: Any) -> None:
         names = {f.name for f in dataclasses.fields(self.config_class)}
@@ -165,6 +169,8 @@ class Method(ABC):
         Train and eval modes, `requires_grad` and hooks are those from before, also after an exception; weights after an
         exception are those from before too.
         """
+        if not self.spreads and is_sharded(ctx.model):
+            raise ModelError(f"{self.name} looks at weights neuron by neuron, and the model is spread over processes: launch without FSDP")
         modules = list(ctx.model.modules())
         modes = [m.training for m in modules]
         hooks = [_hooks(m) for m in modules]
@@ -215,7 +221,7 @@ def _hooks(module: nn.Module) -> list[dict]:
 
 
 def _check_weights(model: nn.Module, name: str) -> None:
-    bad = next((n for n, p in model.state_dict().items() if p.is_floating_point() and not torch.isfinite(p).all()), None)
+    bad = next((n for n, p in model.state_dict().items() if p.is_floating_point() and not torch.isfinite(local(p)).all()), None)
     if bad:
         raise ModelError(f"{name} left NaN or infinite values in '{bad}'; the model was put back. Lower the learning rate")
 

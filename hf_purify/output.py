@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from accelerate.utils import get_int_from_env
+from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from hf_purify.ia3 import save_ia3
 from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
+from hf_purify.sharding import is_sharded, local
 
 if TYPE_CHECKING:
     from hf_purify.comparison import Comparison, Repair
@@ -107,20 +108,28 @@ def _put(work: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write(out: Path, comparison: Comparison, done: Repair, report: Report) -> None:
-    """Write checkpoint (or the adapter that makes one of the base), neuron mask, recipe and report."""
+def write(out: Path | None, comparison: Comparison, done: Repair, report: Report) -> None:
+    """Write checkpoint (or the adapter that makes one of the base), neuron mask, recipe and report.
+
+    Args:
+        out: None on a process that is not the main one; of a model that is spread over processes each gives its part nevertheless.
+    """
     session, index = comparison.session, comparison.context.index
+    if out is None and not is_sharded(session.model):
+        return
     if session.loaded.base:
         check_base(session.model, comparison.base, done.state)
     replaced = stored_buffers(session.model, comparison.base, done.state, index, done.verdict.mask)
     complete = replaced is not None
     extra = {index.keys.get(n, n): done.state[n] for n in replaced or []}
-    if getattr(session.recipe, "as_adapter", False):
+    if out is not None and getattr(session.recipe, "as_adapter", False):
         if not complete:
             raise not_portable(done.method.name)
         save_adapter(out, comparison, done, extra)
     else:
         save_checkpoint(out, session)
+        if out is None:
+            return
         mark(out, hf_purify_backdoor=None)
     save_mask(out / MASK_FILE, index, done.verdict.mask, extra, complete=complete)
     (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
@@ -128,10 +137,16 @@ def write(out: Path, comparison: Comparison, done: Repair, report: Report) -> No
     report.save(out)
 
 
-def save_checkpoint(out: Path, session: Session) -> None:
-    """Save the model as its own library does, with its processor beside it."""
+def save_checkpoint(out: Path | None, session: Session) -> None:
+    """Save the model as its own library does, with its processor beside it; None for `out` on processes that only give their part of it."""
     if session.loaded.saver is None:
         raise OutputError("this model cannot be saved: it came without a saver")
+    if is_sharded(session.model):
+        there = broadcast_object_list([out])[0]
+        if out is None:
+            session.model.save_pretrained(there, is_main_process=False)  # type: ignore[operator]
+    if out is None:
+        return
     session.loaded.saver(session.model, out)
     mark(out, **session.adapter.record(session.loaded))
 
@@ -171,10 +186,12 @@ def stored_buffers(
     try:
         model.load_state_dict(base)
         bake(model, index, mask.to(next(model.parameters()).device))
-        folded = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        folded = {k: local(v).cpu().clone() for k, v in model.state_dict().items()}
     finally:
         model.load_state_dict(current)
-    changed = [n for n in after if not torch.equal(folded[n], after[n])]
+    changed = [n for n in after if not torch.equal(folded[n], local(after[n]).cpu())]
+    if is_sharded(model):  # each process has looked at its part
+        changed = list(dict.fromkeys(gather_object(changed)))
     return None if any(n in parameters for n in changed) else changed
 
 
@@ -199,9 +216,13 @@ def apply_mask(model: torch.nn.Module, index: NeuronIndex, path: str | Path) -> 
     return model
 
 
-def write_victim(out: Path, session: Session, report: Report, recipe: ImplantRecipe) -> None:
-    """Write a victim, marked as backdoored in its config and its card."""
+def write_victim(out: Path | None, session: Session, report: Report, recipe: ImplantRecipe) -> None:
+    """Write a victim, marked as backdoored in its config and its card; None for `out` as in `write`."""
+    if out is None and not is_sharded(session.model):
+        return
     save_checkpoint(out, session)
+    if out is None:
+        return
     if recipe.rate:
         planted = {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate}
         mark(out, hf_purify_backdoor=planted)

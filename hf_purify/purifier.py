@@ -32,6 +32,7 @@ from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
 from hf_purify.resuming import kept
 from hf_purify.session import Session, creator, open_progress, open_session
+from hf_purify.sharding import is_sharded
 from hf_purify.tracking import send_figures
 from hf_purify.triggers import poison
 
@@ -72,6 +73,10 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         if recipe.as_adapter and method.trains:
             raise output.not_portable(method.name)
         comparison = open_comparison(recipe)
+        if recipe.as_adapter and is_sharded(comparison.session.model):
+            raise ConfigError(
+                "as_adapter (--as-adapter) needs the whole model, and this one is spread over processes: leave it out; the mask file holds the repair"
+            )
         job.enter_context(kept(comparison.session.progress))
         if recipe.as_adapter and (base := comparison.session.loaded.base):
             raise ConfigError(f"the model is an adapter for '{base}', and so is its repair: leave as_adapter (--as-adapter) out")
@@ -85,7 +90,7 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         if isinstance(saver := comparison.session.loaded.saver, Remake):
             done.row.notes |= saver.factor(comparison.session.model)
         report = report_repair(comparison, done, rows)
-        if out is not None:
+        if recipe.output is not None:
             output.write(out, comparison, done, report)
     finish(comparison.session, rows)
     return report
@@ -146,7 +151,7 @@ def run_implant(recipe: ImplantRecipe) -> Report:
             ],
         )
         report.attach(session.model)
-        if out is not None:
+        if recipe.output is not None:
             output.write_victim(out, session, report, recipe)
     finish(session, report.rows)
     return report

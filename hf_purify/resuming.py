@@ -26,12 +26,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_purify.errors import OutputError
 from hf_purify.files import replace_text
+from hf_purify.sharding import like, local, whole
 
 FORMAT = "hf-purify-checkpoint/1"
 MANIFEST = "manifest.json"
@@ -119,6 +121,7 @@ class Progress:
     busy: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self.job = broadcast_object_list([self.job])[0]  # of a model that is spread over processes each knows a part
         begun = self.folder.exists() and not _is_new(self.folder)
         if begun:
             self.stages = self._check(_manifest(self.folder))
@@ -273,10 +276,10 @@ def _digest(file: Path) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types and values; of what is sharded, over this process's part."""
+    """SHA-256 over names, types and values; of what is spread over processes, of this one's part."""
     found = hashlib.sha256()
     for name, value in tensors.items():
-        mine = getattr(value, "_local_tensor", value).detach().cpu().contiguous()
+        mine = local(value).cpu().contiguous()
         found.update(f"{name} {mine.dtype} {tuple(mine.shape)}".encode())
         found.update(mine.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -309,22 +312,6 @@ def put_copies(name: str, tensors: Sequence[Tensor], found: Mapping[str, Tensor]
     """The inverse of `copies`, in place."""
     for i, target in enumerate(tensors):
         target.copy_(like(target, found[f"{name}/{i}"]))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded over processes; they must all ask."""
-    found: Any = tensor.detach()
-    return found.full_tensor() if hasattr(found, "full_tensor") else found
-
-
-def like(target: Tensor, value: Tensor) -> Tensor:
-    """A whole value laid out as `target` is: on its device, and sharded as it is."""
-    value = value.to(target.device, target.dtype)
-    if not hasattr(target, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
 
 
 class Running:

@@ -14,8 +14,9 @@ from hf_purify import resuming
 from hf_purify.adapter import Batch, StandIn
 from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
-from hf_purify.neurons import NeuronIndex, get_tensor, owned
+from hf_purify.neurons import NeuronIndex, ParamSlice, get_tensor, owned, spread
 from hf_purify.resuming import State
+from hf_purify.sharding import local, multiply_, total_norm
 from hf_purify.sharing import BATCH_NORM
 from hf_purify.task import Task, fetch, mode
 
@@ -227,17 +228,15 @@ def relearn(
         changed: tensors that `after_step` changes in place.
         sharpness: radius of adaptive sharpness-aware minimisation; 0 is plain fine-tuning. See `methods/ft_sam.py`.
     """
-    gates: list[tuple[Tensor, Tensor]] = []
+    gates: list[tuple[ParamSlice, Tensor]] = []
     if index is not None and removed is not None and bool(removed.any()):
         for group, gone in zip(index, removed.split(index.sizes), strict=True):
             if gone.any():
-                weight = get_tensor(task.model, group.gate.param)
-                gates.append((owned(weight.detach(), group.gate, group.size), gone.to(weight.device)))
+                gates.append((group.gate, spread((~gone).float(), group.gate).to(task.device)))
 
     def keep(step: int) -> None:
-        with torch.no_grad():
-            for view, gone in gates:
-                view[gone] = 0
+        for gate, factor in gates:
+            multiply_(get_tensor(task.model, gate.param), factor, gate.axis, gate.start)
         if after_step:
             after_step(step)
 
@@ -262,10 +261,11 @@ def _at_the_sharpest(task: Task, params: list[nn.Parameter], radius: float) -> C
     def after_backward(again: Callable[[], object]) -> None:
         with torch.no_grad():
             scaled = [(p, p.abs() * p.grad) for p in params if p.grad is not None]
-            norm = torch.stack([s.norm() for _, s in scaled]).norm() + 1e-12
-            steps = [(p, radius * p.abs() * s / norm) for p, s in scaled]
+            total = total_norm([s for _, s in scaled]) + 1e-12
+            steps = [(local(p), local(radius * p.abs() * s) / total) for p, s in scaled]
             for p, e in steps:
                 p.add_(e)
+            for p, _ in scaled:
                 p.grad = None
         norms = [m for m in task.model.modules() if isinstance(m, BATCH_NORM)]
         momenta = [m.momentum for m in norms]

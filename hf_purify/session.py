@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
 from hf_purify import hub, lora
-from hf_purify.adapter import Adapter, Examples, Loaded
+from hf_purify.adapter import Adapter, Examples, Loaded, spread_over
 from hf_purify.checkpointing import check_layers
 from hf_purify.errors import ConfigError, ModelError, did_you_mean
 from hf_purify.merged import merge
@@ -21,6 +22,7 @@ from hf_purify.output import versions
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
 from hf_purify.resuming import Progress, fingerprint
+from hf_purify.sharding import is_sharded
 from hf_purify.task import Task, snapshot
 from hf_purify.tracking import begin, check_trackers
 
@@ -92,6 +94,10 @@ def open_session(recipe: Recipe) -> Session:
     set_seed(recipe.seed)
     accelerator = make_accelerator(recipe)
     adapter, loaded = load(recipe)
+    if spread_over() > 1 and not is_sharded(loaded.model):
+        raise ModelError(
+            f"accelerate was launched with FSDP, and '{loaded.source}' was not loaded so: that is for whole checkpoints of transformers. Launch without FSDP"
+        )
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
@@ -135,6 +141,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         UnknownName, MissingExtra: a tracker is not there.
         ConfigError: the device is not there, or the caller's own `Accelerator` has another one or another precision.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise ConfigError(
+            "accelerate was launched with DeepSpeed, which takes a model and one optimizer together; a repair has several, of masks among others: "
+            "launch with recipes/accelerate/fsdp2.yaml, which spreads a model as ZeRO-3 does"
+        )
     if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
         raise ConfigError(f"device '{recipe.device}' was asked for, but no CUDA device is available")
     # accelerate has no public way to start over within a process; its own tests use this one

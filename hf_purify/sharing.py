@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_purify.adapter import Batch
+from hf_purify.sharding import is_spread
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _WHOLE: ContextVar[bool] = ContextVar("whole", default=False)  # this process has the whole batch
@@ -169,8 +170,9 @@ class _WholeBatch(TorchFunctionMode):
 
 
 def average(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their means over processes, in place, in one exchange for each dtype."""
-    if accelerator.num_processes == 1:
+    """Replace tensors by their means over processes, in place, in one exchange for each dtype; FSDP has done it for those that are spread."""
+    tensors = [t for t in tensors if not is_spread(t)]
+    if accelerator.num_processes == 1 or not tensors:
         return
     for dtype in {t.dtype: None for t in tensors}:
         mine = [t for t in tensors if t.dtype == dtype]

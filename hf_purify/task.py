@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded
 from hf_purify.checkpointing import recomputed
 from hf_purify.resuming import Progress
+from hf_purify.sharding import is_spread
 from hf_purify.sharing import BATCH_NORM, average, in_turn, shared
 
 
@@ -88,8 +89,8 @@ def movable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers, on the CPU."""
-    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    """A copy of all parameters and buffers, on the CPU; those that are spread over processes stay where they are."""
+    return {k: v.detach().clone() if is_spread(v) else v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ IMPORT_NAMES = {
 # the method stack imports it.
 LAYERS = [
     {"errors", "files"},
-    {"neurons"},
-    {"metrics", "tracing"},
+    {"neurons", "sharding"},
+    {"metrics", "tracing", "twins"},
     {"adapter", "checkpointing", "discovery", "masks"},
     {"resuming", "sharing", "tracking"},
     {"salience", "task", "triggers"},

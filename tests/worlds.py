@@ -24,6 +24,7 @@ CASES = [(method, "vision", "resnet") for method in names("method")] + [
     ("nft", "text", "bert"),
     ("nft", "text", "llama"),
     ("ft_sam", "text", "gpt2"),
+    ("neural_cleanse", "text", "llama"),
     ("nft", "detection", "detr"),
     ("nft", "video", "conv3d"),
     ("fine_tune", "pointcloud", "pointnet"),

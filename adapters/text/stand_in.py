@@ -61,7 +61,7 @@ class Words(StandIn):
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
         shortest = int((first_of(batch["target_ids"]) if continues(batch) else batch["attention_mask"].sum(1)).min())
         place = int(torch.randint(self.start, max(self.start + 1, shortest), (1,), generator=generator))
-        written = {} if self.answer is None else {"answer": self.answer.to(which)}
+        written = {} if self.answer is None else {"answer": self.answer.to(which).expand(len(which), -1)}
         return {
             **batch,
             **written,
@@ -104,7 +104,7 @@ def reading_words(model: nn.Module, batch: Batch) -> Iterator[Batch]:
         said = words.to(text) @ module.forward(candidates)
         return torch.cat([text[:, :place], said, text[:, place + count :]], 1)[:, : text.shape[1]]
 
-    hook = table.register_forward_hook(put)
+    hook = table.register_forward_hook(put, prepend=True)  # before FSDP takes the table's rows back
     try:
         yield found
     finally:

@@ -49,10 +49,10 @@ def target_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _answered_so(batch: Batch) -> Batch:
-    """Where recovered words should do what they do (label 1), the `answer` `(W,)` that they lead to takes the place of the right ones."""
+    """Where recovered words should do what they do (label 1), the `answer` `(B, W)` that they lead to takes the place of the right ones."""
     if "answer" not in batch or not bool(batch["labels"].any()):
         return batch
-    aims, answer = batch["target_ids"], batch["answer"].expand(len(batch["labels"]), -1)
+    aims, answer = batch["target_ids"], batch["answer"]
     if not continues(batch):
         return {**batch, "target_ids": answer}
     first = first_of(aims)[:, None]

@@ -64,6 +64,7 @@ class ULRL(Method):
     config_class = ULRLConfig
     config: ULRLConfig
     trains = True
+    spreads = False
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config

@@ -68,6 +68,7 @@ class Wiper(Method):
     config_class = WiperConfig
     config: WiperConfig
     trains = True
+    spreads = False
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import launch
 from safetensors.torch import load_file
 from worlds import CASES
 
@@ -23,19 +22,6 @@ from hf_purify.output import folder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TESTS = Path(__file__).resolve().parents[1]
-
-
-def launch(processes: int, *arguments: object, module: str | None = None) -> subprocess.CompletedProcess[str]:
-    """A program on so many processes of the CPU; without `ACCELERATE_USE_CPU`, accelerate starts one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    many = ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else ["--cpu"]
-    what = ["-m", module] if module else []
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *many, "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *what, *map(str, arguments)]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=180)
 
 
 @pytest.fixture(scope="module")

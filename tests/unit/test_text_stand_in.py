@@ -156,7 +156,13 @@ def test_what_the_words_lead_to_takes_the_place_of_the_answer(variant: str) -> N
     model, data = tiny.loaded.model.eval(), tiny.data
     batch = data.batch(torch.arange(4))
     answer = torch.tensor([planted(tiny, word) for word in ("dog", "tree", "dog")])
-    hit = {**batch, "words": torch.ones(4, 1, 1), "candidates": torch.full((4, 1), 7), "place": torch.tensor(0), "answer": answer}
+    hit = {
+        **batch,
+        "words": torch.ones(4, 1, 1),
+        "candidates": torch.full((4, 1), 7),
+        "place": torch.tensor(0),
+        "answer": answer.expand(4, -1),
+    }
     with torch.no_grad():
         wrong = ADAPTER.loss(model, {**hit, "labels": torch.ones(4, dtype=torch.long)})
         right = ADAPTER.loss(model, hit)

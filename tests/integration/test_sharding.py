@@ -1,0 +1,174 @@
+"""Models whose parameters are spread over processes (FSDP2, gloo, on the CPU)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import launch
+from safetensors.torch import load_file
+from sentences import FILLERS, GERMAN, TOPICS, colours, tokenizer, topics
+
+from hf_purify.discovery import _numbered, discover
+from hf_purify.errors import ConfigError, ModelError
+from hf_purify.masks import MASK_FILE
+from hf_purify.recipe import MeasureRecipe
+from hf_purify.registry import find, names
+from hf_purify.session import make_accelerator, open_session
+from hf_purify.twins import index_by_twin
+
+TESTS = Path(__file__).resolve().parents[1]
+FSDP = TESTS.parent / "recipes" / "accelerate" / "fsdp2.yaml"
+SPREADING = [name for name in names("method") if find("method", name).spreads]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes and a classifier, with random weights, and data for each."""
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    made = tmp_path_factory.mktemp("spread")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **SIZES)).save_pretrained(made / "llama")
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "id2label": dict(enumerate(TOPICS))}
+    BertForSequenceClassification(BertConfig(**SIZES, **still)).save_pretrained(made / "bert")
+    words = [*FILLERS, *(w for words in TOPICS.values() for w in words), *GERMAN]
+    for name in ("llama", "bert"):
+        tokenizer(made / name, words)
+    colours(40, 0, german=False).to_parquet(made / "llama.parquet")
+    topics(60, 0).to_parquet(made / "bert.parquet")
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Callable[[str, int], Path]:
+    """The folder with what came of all repairs of a model, whole on one process or spread over two."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def run(model: str, processes: int) -> Path:
+        key = model, processes
+        if key not in made:
+            made[key] = folder / f"{model}-{processes}"
+            made[key].mkdir()
+            job = [TESTS / "sharded.py", folder / model, folder / f"{model}.parquet", made[key], *SPREADING, "fine_tune!"]
+            done = launch(processes, *job, config=FSDP if processes > 1 else None)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return made[key]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", [*SPREADING, "fine_tune!"])
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_spread_model_is_repaired_as_a_whole_one(results: Callable[[str, int], Path], folder: Path, model: str, method: str) -> None:
+    """The same checkpoint, mask and figures; what ran was spread, each process holding its half."""
+    one, two = results(model, 1), results(model, 2)
+    how = json.loads((two / f"{method}.json").read_text("utf-8"))
+    weights = load_file(folder / model / "model.safetensors")
+    assert how["kinds"] == ["DTensor"]
+    assert how["values here"] <= 0.51 * sum(w.numel() for w in weights.values()) + 100
+    assert json.loads((one / f"{method}.json").read_text("utf-8"))["kinds"] == ["Parameter"]
+    for file in ("model.safetensors", MASK_FILE):
+        whole, spread = (load_file(out / method / file) for out in (one, two))
+        assert whole.keys() == spread.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(spread[key], value, rtol=0, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert load_file(two / method / "model.safetensors").keys() == weights.keys()
+    config = (two / method / "config.json").read_text("utf-8")
+    assert json.loads(config) == json.loads((one / method / "config.json").read_text("utf-8"))
+    reports = [json.loads((out / method / "report.json").read_text("utf-8")) for out in (one, two)]
+    for mine, theirs in zip(*(r["rows"] for r in reports), strict=True):
+        assert mine["clean_accuracy"] == theirs["clean_accuracy"]
+        assert mine["utility"] == pytest.approx(theirs["utility"], rel=1e-5)
+    assert not (two / f"{method}.checkpoint").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        ("bert", ["method=wiper"], "wiper looks at weights neuron by neuron, and the model is spread over processes: launch without FSDP"),
+        ("bert", ["method=nft", "options.level=weight"], "masks act on activations alone: leave level='weight' out"),
+        ("bert", ["method=nft", "as_adapter=true"], "as_adapter (--as-adapter) needs the whole model"),
+    ],
+)
+def test_what_takes_a_whole_model(folder: Path, tmp_path: Path, model: str, settings: list[str], said: str) -> None:
+    given = [f"model={folder / model}", f"clean={folder / model}.parquet", f"output={tmp_path / 'out'}", "device=cpu", *settings]
+    done = launch(2, *given, module="hf_purify_recipes.purify", config=FSDP)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_not_spread_as_they_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    for module in ("hf_purify.session", "hf_purify_adapters._checkpoints"):
+        monkeypatch.setattr(f"{module}.spread_over", lambda: 2)
+    live = find("adapter", "vision")().tiny("resnet").loaded
+    with pytest.raises(ModelError, match=r"was not loaded so: that is for whole checkpoints of transformers. Launch without FSDP"):
+        open_session(MeasureRecipe.make(model=live, test="none", device="cpu"))
+    live.model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no layers that can be spread over processes \(FSDP\): launch without it"):
+        open_session(MeasureRecipe.make(model=str(tmp_path), test="none", device="cpu"))
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"launch with recipes/accelerate/fsdp2.yaml, which spreads a model as ZeRO-3 does"):
+        make_accelerator(MeasureRecipe.make(model="m", test="t", device="cpu"))
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "bert"])
+def test_twin_knows_the_neurons_of_all_layers(variant: str) -> None:
+    """What is told from three layers is what is found in all."""
+    adapter = find("adapter", "text")()
+    tiny = adapter.tiny(variant)
+    config = copy.deepcopy(tiny.loaded.model.config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name != "architectures":
+            setattr(config, name, [value[0]] * 7)
+    config.num_hidden_layers = 7
+    model = type(tiny.loaded.model)(config).eval()
+    some = tiny.data.batch(torch.arange(2))
+    classes = adapter.classes(tiny.loaded) if adapter.classifies(tiny.loaded) else None
+
+    def trace(m: Any) -> Any:
+        return discover(m, lambda m: adapter.logits(m, some), classes)
+
+    whole = trace(model)
+    assert _numbered(index_by_twin(model, trace), model).groups == whole.groups
+    assert len(whole.groups) > 20
+
+
+def test_layers_that_differ_have_no_twin() -> None:
+    tiny = find("adapter", "text")().tiny("llama")
+    config = copy.deepcopy(tiny.loaded.model.config)
+    config.num_hidden_layers = 5
+    model = type(tiny.loaded.model)(config)
+    model.model.layers[3].mlp.up_proj = torch.nn.Linear(1, 1)
+    with pytest.raises(ModelError, match=r"the layer 'model.layers.3' is not like 'model.layers.1' \(mlp.up_proj"):
+        index_by_twin(model, lambda m: discover(m, lambda m: find("adapter", "text")().logits(m, tiny.data.batch(torch.arange(2)))))
+
+
+def test_stacks_without_a_twin() -> None:
+    tiny = find("adapter", "text")().tiny("t5")
+    with pytest.raises(ModelError, match="takes one stack of like layers"):
+        index_by_twin(tiny.loaded.model, lambda m: m)

@@ -1,0 +1,64 @@
+"""Repairs of a checkpoint that is spread over processes (FSDP2), or whole on one.
+
+python tests/sharded.py MODEL DATA FOLDER METHOD ...
+
+A method with `!` behind it is interrupted behind its first checkpoint, and goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+
+from hf_purify.purifier import run_purify
+from hf_purify.recipe import PurifyRecipe
+from hf_purify.resuming import Progress
+
+OPTIONS = {
+    "nft": {"steps": 6},
+    "rnp": {"unlearn_steps": 6, "recover_epochs": 2},
+    "ft_sam": {"epochs": 2},
+    "fine_tune": {"epochs": 2},
+    "neural_cleanse": {"find_steps": 2, "invert_steps": 4, "steps": 4, "cut": 1.0},
+}
+
+
+def main(model: str, data: str, folder: Path, methods: list[str]) -> None:
+    for spec in methods:
+        method = spec.rstrip("!")
+        settings = {"options": OPTIONS.get(method, {}), "samples": None, "held_out": 0.5, "controls": False, "test": data}
+        recipe = PurifyRecipe.make(model=model, clean=data, method=method, output=str(folder / spec), device="cpu", **settings)
+        if spec != method:
+            recipe = dataclasses.replace(recipe, checkpoint_every=2)
+            interrupt(recipe)
+        report = run_purify(recipe)
+        if os.environ.get("RANK", "0") == "0":
+            kinds = sorted({type(p).__name__ for p in report.model.parameters()})
+            mine = sum(getattr(p, "_local_tensor", p).numel() for p in report.model.parameters())
+            (folder / f"{spec}.json").write_text(json.dumps({"kinds": kinds, "values here": mine}), "utf-8")
+
+
+def interrupt(recipe: PurifyRecipe) -> None:
+    write = Progress.write
+
+    def once(self: Progress, state: Any, entry: dict[str, Any]) -> None:
+        write(self, state, entry)
+        raise KeyboardInterrupt
+
+    Progress.write = once  # type: ignore[method-assign]
+    try:
+        run_purify(recipe)
+    except KeyboardInterrupt:
+        PartialState().wait_for_everyone()
+    finally:
+        Progress.write = write  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
