@@ -175,6 +175,7 @@ class Adapter(ABC):
     task: ClassVar[str]
     variants: ClassVar[tuple[str, ...]]  # kinds of network that `tiny` makes
     columns: ClassVar[tuple[str, ...]] = ("label",)  # roles that columns of a data set can have
+    loose: ClassVar[str | None] = None  # the builder of datasets for folders of single files
     at_once: ClassVar[int] = 256  # samples of a batch where no weights are trained
     settings: ClassVar[tuple[str, ...]] = ()  # those of a recipe's settings of single modalities that this one has
 

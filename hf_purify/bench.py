@@ -98,11 +98,11 @@ def read_test(session: Session, recipe: Recipe) -> Examples:
     """The split that is named, else the one called `test`, else what there is."""
     split = recipe.test_split or ("test" if recipe.test_split is None else None)
     try:
-        return session.read(recipe.test, split, recipe.test_samples)
+        return session.read(recipe.test, split, recipe.test_samples, what="test samples")
     except DataError as error:
         if recipe.test_split is not None or "no split" not in str(error):
             raise
-        return session.read(recipe.test, samples=recipe.test_samples)
+        return session.read(recipe.test, samples=recipe.test_samples, what="test samples")
 
 
 def figures(session: Session, bench: Bench) -> Figures:

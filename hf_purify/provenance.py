@@ -17,12 +17,23 @@ from hf_purify.method import Method
 from hf_purify.report import NeuronLayer, Report, Row
 from hf_purify.salience import relative_change
 from hf_purify.session import Session
+from hf_purify.streaming import Drawn
 
 
 def remarks_of(session: Session, clean: Examples | None, test: Examples | None) -> list[str]:
-    """What the modality has to say of the samples."""
+    """What the modality has to say of the samples, and what streams did not show."""
     parts = {"clean samples": clean, "test samples": test}
-    return [remark for what, data in parts.items() if data is not None for remark in session.adapter.remarks(data, what)]
+    said = [remark for what, data in parts.items() if data is not None for remark in session.adapter.remarks(data, what)]
+    return said + [remark for what, drawn in session.streams.items() for remark in remarks_of_stream(drawn, what, session.classes)]
+
+
+def remarks_of_stream(drawn: Drawn, what: str, classes: int) -> list[str]:
+    """That a stream was longer than the rows that were looked at, if it was; `what` was drawn from it, for a model of so many classes."""
+    if drawn.ended:
+        return []
+    missed = 0 if drawn.classes is None else classes - drawn.classes
+    hint = f", in which {missed} of {classes} classes do not occur: look at more (--stream-rows)" if missed > 0 else ""
+    return [f"{what} were drawn from {drawn.read:,} rows of a stream, which may have more{hint}"]
 
 
 def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> Report:
@@ -87,11 +98,18 @@ def describe_clean(comparison: Comparison) -> dict[str, Any]:
         "source": str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else f"<{type(source).__name__}>",
         "split": recipe.split,
         "samples": len(clean),
+        **describe_stream(comparison.session),
         "per_class": f"{int(counts.min())}..{int(counts.max())}",
         "held_out": 0 if context.judged is context.data else len(context.judged),
         "augmentation": context.augmentation,
         "fingerprint": digest.hexdigest()[:32],
     }
+
+
+def describe_stream(session: Session) -> dict[str, Any]:
+    """How many rows were looked at, where samples were drawn from a stream, and whether these were all."""
+    drawn = session.streams.get("clean samples")
+    return {} if drawn is None else {"rows_read": drawn.read, "rows_are_all": drawn.ended}
 
 
 def warnings_of(rows: list[Row]) -> list[str]:

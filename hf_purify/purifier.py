@@ -26,13 +26,15 @@ from hf_purify.comparison import control_rows, open_comparison, oracle_rows
 from hf_purify.errors import ConfigError, NotAVictim, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
-from hf_purify.provenance import describe_model, make_report, remarks_of, report_repair
+from hf_purify.provenance import describe_model, describe_stream, make_report, remarks_of, report_repair
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
 from hf_purify.resuming import kept
-from hf_purify.session import Session, creator, open_progress, open_session
+from hf_purify.session import Session, creator, open_progress, open_session, streamed
 from hf_purify.sharding import is_sharded
+from hf_purify.streaming import beginning
+from hf_purify.tables import open_stream
 from hf_purify.tracking import send_figures
 from hf_purify.triggers import poison
 
@@ -42,7 +44,7 @@ def purify(model: Any, clean: Any, **settings: Any) -> Report:
 
     Args:
         model: folder, Hub id, timm name, `hf-hub:` id, or an `nn.Module` (with `processor=`).
-        clean: data set id, folder of images, Parquet file, or a `datasets.Dataset`.
+        clean: data set id, folder of images, Parquet file, a `datasets.Dataset`, or a stream (`datasets.IterableDataset`).
 
     Returns:
         A `Report`; `report.model` is the repaired model.
@@ -142,7 +144,11 @@ def run_implant(recipe: ImplantRecipe) -> Report:
             f"{session.loaded.source} with a {name} backdoor",
             [victim, make_row("before", "other", before, None, bench)],
             checkpoint=describe_model(session) | {"backdoored": bool(recipe.rate)},
-            clean={"source": str(recipe.data) if isinstance(recipe.data, str) else f"<{type(recipe.data).__name__}>", "samples": len(data)},
+            clean={
+                "source": str(recipe.data) if isinstance(recipe.data, str) else f"<{type(recipe.data).__name__}>",
+                "samples": len(data),
+                **describe_stream(session),
+            },
             method={"name": "implant", "config": recipe.to_dict()},
             samples=samples_of(session, bench, before, after),
             warnings=[
@@ -172,7 +178,16 @@ def count_classes(recipe: ImplantRecipe) -> ImplantRecipe:
     """For a model that is created: take the number of classes from the data where it was not given."""
     if not recipe.create or recipe.classes:
         return recipe
-    labels = creator(recipe).class_names(recipe.data, recipe.split, recipe.columns)
+    adapter = creator(recipe)
+    if streamed(recipe, recipe.data):
+        first = beginning(open_stream(recipe.data, recipe.split, adapter.loose))
+        labels = adapter.class_names(first.select([]), None, recipe.columns)
+        if not labels and adapter.class_names(first, None, recipe.columns):
+            raise ConfigError(
+                "a stream whose labels have no names does not say how many classes there are: give classes=... and labels=[...]"
+            )
+    else:
+        labels = adapter.class_names(recipe.data, recipe.split, recipe.columns)
     return dataclasses.replace(recipe, classes=len(labels), labels=recipe.labels or labels)
 
 

@@ -38,6 +38,9 @@ class Recipe:
         rule: `all-to-one`, `all-to-all` or `clean-label`.
         target: target class of the attack.
         split, test_split: split of the clean (training) and of the test data.
+        streaming: open data that is given by name as a stream: nothing is downloaded or read but what is looked at. A `datasets.IterableDataset`
+            is a stream without it.
+        stream_rows: rows of a stream that are looked at, at most; samples are drawn from these.
         columns: role -> column, such as `label: target`, where they cannot be told by their names and features.
         to_rgb: repeat grey images over three channels.
         template: what stands around a text, with `{text}` in it.
@@ -72,6 +75,8 @@ class Recipe:
     target: int = 0
     split: str | None = None
     test_split: str | None = None
+    streaming: bool = False
+    stream_rows: int = 100_000
     columns: dict[str, str] = field(default_factory=dict)
     to_rgb: bool = False
     template: str | None = None
@@ -102,6 +107,8 @@ class Recipe:
             raise ConfigError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
         if self.checkpoint_every is not None and self.output is None:
             raise ConfigError("checkpoints lie beside the output: give output=... (--output) with checkpoint_every")
+        if self.stream_rows < 1:
+            raise ConfigError(f"stream_rows must be at least 1, got {self.stream_rows}")
 
     @classmethod
     def make(cls, **settings: Any) -> Self:

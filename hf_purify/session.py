@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
 from hf_purify.resuming import Progress, fingerprint
 from hf_purify.sharding import is_sharded
+from hf_purify.streaming import Drawn, draw_rows, is_stream
+from hf_purify.tables import open_stream
 from hf_purify.task import Task, snapshot
 from hf_purify.tracking import begin, check_trackers
 
@@ -32,7 +34,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """A loaded model on its device, with its modality, and the checkpoints of the job if it has any."""
+    """A loaded model on its device, with its modality.
+
+    Args:
+        classes: number of classes of the model.
+        progress: checkpoints of the job, if it has any.
+        streams: what was drawn from streams, by what the samples are for.
+    """
 
     recipe: Recipe
     adapter: Adapter
@@ -40,6 +48,7 @@ class Session:
     loaded: Loaded
     classes: int
     progress: Progress | None = None
+    streams: dict[str, Drawn] = field(default_factory=dict)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -65,18 +74,23 @@ class Session:
             progress=self.progress,
         )
 
-    def read(self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False) -> Examples:
+    def read(
+        self, data: Any, split: str | None = None, samples: int | None = None, shuffled: bool = False, what: str = "clean samples"
+    ) -> Examples:
         """Read a data set for this model, with the recipe's columns.
 
         Args:
             samples: draw so many, class-balanced; None takes all.
             shuffled: take all in a seeded order, not as they lie.
+            what: the samples are, for reports.
         """
         recipe = self.recipe
         for role in recipe.columns:
             if role not in self.adapter.columns:
                 known = self.adapter.columns
                 raise ConfigError(f"columns of {self.adapter.name} are {', '.join(known)}; got '{role}'{did_you_mean(role, known)}")
+        if streamed(recipe, data):
+            data, split = self.draw(data, split, samples, what).rows, None
         return self.adapter.examples(
             data,
             self.loaded,
@@ -87,6 +101,30 @@ class Session:
             columns=recipe.columns,
             to_rgb=recipe.to_rgb,
         )
+
+    def draw(self, data: Any, split: str | None, samples: int | None, what: str) -> Drawn:
+        """Draw samples from a stream, or from what is opened as one.
+
+        Raises:
+            ConfigError: no number of samples is given, or the stream is split among processes, which must all see the same samples.
+        """
+        if samples is None:
+            raise ConfigError(
+                f"a stream has no known end: say how many {what} are drawn from it (samples, --samples; of test data test_samples, --test-samples)"
+            )
+        stream = open_stream(data, split, self.adapter.loose)
+        if self.accelerator.num_processes > 1 and getattr(stream, "_distributed", None) is not None:
+            raise ConfigError(
+                "the stream is split among processes (split_dataset_by_node), which must all draw the same samples: give it whole"
+            )
+        hidden, label = not self.accelerator.is_main_process, self.recipe.columns.get("label")
+        self.streams[what] = draw_rows(stream, samples, self.recipe.seed, self.recipe.stream_rows, label, self.classifies, hidden)
+        return self.streams[what]
+
+
+def streamed(recipe: Recipe, data: Any) -> bool:
+    """Is data a stream, or a name that the recipe opens as one?"""
+    return is_stream(data) or (recipe.streaming and isinstance(data, (str, Path)))
 
 
 def open_session(recipe: Recipe) -> Session:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.dataset
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -71,15 +72,29 @@ def open_data(data: Any, split: str | None = None, revision: str | None = None, 
     Raises:
         DataError: it cannot be found or read, or has several splits and none is named.
     """
-    if isinstance(data, datasets.Dataset):
+    return _open(data, split, revision, loose, streaming=False)
+
+
+def open_stream(data: Any, split: str | None = None, loose: str | None = None) -> datasets.IterableDataset:
+    """Open what `open_data` does as a stream, of which nothing is downloaded or read before it is looked at.
+
+    Raises:
+        DataError: it cannot be found, read or streamed, or has several splits and none is named.
+    """
+    return _open(data, split, None, loose, streaming=True)
+
+
+def _open(data: Any, split: str | None, revision: str | None, loose: str | None, streaming: bool) -> Any:
+    if isinstance(data, datasets.IterableDataset if streaming else datasets.Dataset):
         return data
-    if isinstance(data, datasets.DatasetDict):
+    if isinstance(data, datasets.IterableDatasetDict if streaming else datasets.DatasetDict):
         return _one_split(data, split, "the data set")
     name = str(data)
     path = Path(name).expanduser()
+    kind = " to stream" if streaming else ""
     try:
         if path.suffix in TABLES or "*" in name:
-            return _load(path.suffix, {"train": name})["train"]
+            return _load(path.suffix, {"train": name}, streaming)["train"]
         if path.is_dir():
             kinds = (".parquet",) if loose else tuple(TABLES)  # beside pictures, a CSV or JSON Lines file is their metadata
             files = sorted(p for p in path.iterdir() if p.suffix in kinds)
@@ -88,13 +103,14 @@ def open_data(data: Any, split: str | None = None, revision: str | None = None, 
                 for file in files:
                     if file.suffix == files[0].suffix:
                         stems.setdefault(file.stem.split("-")[0], []).append(str(file))
-                return _one_split(_load(files[0].suffix, stems), split, name)
+                return _one_split(_load(files[0].suffix, stems, streaming), split, name)
             if loose is None:
-                raise DataError(f"the folder '{name}' holds no Parquet, CSV or JSON Lines file")
-            return _one_split(datasets.load_dataset(loose, data_dir=str(path)), split, name)
+                hint = "; leave streaming (--streaming) out: of other files, only those that are drawn are read" if streaming else ""
+                raise DataError(f"the folder '{name}' holds no Parquet, CSV or JSON Lines file{kind}{hint}")
+            return _one_split(_loaded(loose, streaming, data_dir=str(path)), split, name)
         if path.exists():
-            raise DataError(f"expected a folder, a Parquet, CSV or JSON Lines file, or a data set id; got the file '{name}'")
-        return _one_split(datasets.load_dataset(name, revision=revision), split, name)
+            raise DataError(f"expected a folder, a Parquet, CSV or JSON Lines file, or a data set id{kind}; got the file '{name}'")
+        return _one_split(_loaded(name, streaming, revision=revision), split, name)
     except DataError:
         raise
     except Exception as error:
@@ -103,12 +119,22 @@ def open_data(data: Any, split: str | None = None, revision: str | None = None, 
         ) from error
 
 
-def _load(suffix: str, files: dict) -> datasets.DatasetDict:
+def _load(suffix: str, files: dict, streaming: bool) -> Any:
     options = {"sep": "\t"} if suffix == ".tsv" else {}
-    return datasets.load_dataset(TABLES.get(suffix, "parquet"), data_files=files, **options)
+    return _loaded(TABLES.get(suffix, "parquet"), streaming, data_files=files, **options)
 
 
-def _one_split(data: datasets.DatasetDict, split: str | None, name: str) -> datasets.Dataset:
+def _loaded(builder: str, streaming: bool, **options: Any) -> Any:
+    """All splits, by the builder or the data set of that name."""
+    if not streaming:
+        return datasets.load_dataset(builder, **options)
+    made = datasets.load_dataset_builder(builder, **options)
+    if hasattr(made.config, "fragment_scan_options"):  # of Parquet, which pyarrow would else read ahead, up to whole files
+        made.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+    return made.as_streaming_dataset()
+
+
+def _one_split(data: Any, split: str | None, name: str) -> Any:
     if split is None and len(data) == 1:
         return next(iter(data.values()))
     if split is None and "train" in data:

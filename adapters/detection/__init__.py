@@ -40,6 +40,7 @@ class DetectionAdapter(Adapter):
     task: ClassVar[str] = "object-detection"
     variants: ClassVar[tuple[str, ...]] = VARIANTS
     columns: ClassVar[tuple[str, ...]] = ("image", "boxes", "categories")
+    loose: ClassVar[str | None] = "imagefolder"
     at_once: ClassVar[int] = 16
     settings: ClassVar[tuple[str, ...]] = ("to_rgb",)
 

@@ -213,4 +213,4 @@ def names_in(data: Any, split: str | None, columns: Mapping[str, str]) -> list[s
     if names is not None:
         return names
     found = [int(c) for row in opened.select_columns([place.column]) for c in place.value(row) or ()]
-    return [str(c) for c in range(max(found, default=0) + 1)]
+    return [str(c) for c in range(max(found, default=-1) + 1)]

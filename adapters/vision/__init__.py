@@ -29,6 +29,7 @@ class VisionAdapter(Classifier):
     task: ClassVar[str] = "image-classification"
     variants: ClassVar[tuple[str, ...]] = ("resnet", "convnext", "vit", "swin")
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    loose: ClassVar[str | None] = "imagefolder"
     settings: ClassVar[tuple[str, ...]] = ("to_rgb", "channels_last")
 
     def claims(self, config: Mapping[str, Any]) -> bool:

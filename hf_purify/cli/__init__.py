@@ -52,6 +52,13 @@ def _shared(
     base: Annotated[str | None, typer.Option("--base", help="For a LoRA its base model: folder or Hub id, or id@revision.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split of the clean or training data.")] = None,
     test_split: Annotated[str | None, typer.Option("--test-split", help="Split of the test data.")] = None,
+    test_samples: Annotated[
+        int | None, typer.Option("--test-samples", help="Test samples at most, class-balanced; all if not given.")
+    ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read data as streams: nothing is downloaded but what is looked at.")
+    ] = False,
+    stream_rows: Annotated[int, typer.Option("--stream-rows", help="Rows of a stream to look at, at most.")] = 100_000,
     adapter: Annotated[str | None, typer.Option("--adapter", help="Modality; told by the checkpoint if not given.")] = None,
     column: Annotated[
         list[str] | None, typer.Option("--column", help="A column, where several could be meant, as role=name: label=target. Repeatable.")

@@ -97,6 +97,14 @@ def commits(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     train.select(range(120)).to_parquet(folder / "digits" / "data" / "train-00000-of-00001.parquet")
     test.select(range(80)).to_parquet(folder / "digits" / "data" / "test-00000-of-00001.parquet")
     found["digits"] = hub.push("datasets", "some-org/digits", folder / "digits")
+    (folder / "shards" / "data").mkdir(parents=True)
+    for i in range(20):
+        train.select(range(20 * i, 20 * i + 20)).to_parquet(folder / "shards" / "data" / f"train-{i:05}-of-00020.parquet")
+    hub.push("datasets", "some-org/shards", folder / "shards")
+    for i, row in enumerate(train.select(range(120))):
+        (folder / "pictures" / "train" / str(row["label"])).mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / "pictures" / "train" / str(row["label"]) / f"{i}.png")
+    hub.push("datasets", "some-org/pictures", folder / "pictures")
     vit_lora(folder / "vit", folder / "lora")
     found["vit"] = hub.push("models", "some-org/vit", folder / "vit", ref="v1")
     found["lora"] = hub.push("models", "some-org/lora", folder / "lora")
@@ -143,6 +151,22 @@ def test_model_and_data_of_the_hub(run: Run, hub: Hub, commits: dict[str, str], 
     assert models == [None] * len(models), "a public model is read with no token"
     shown = done.stdout + done.stderr + "".join(p.read_text("latin-1") for p in out.rglob("*") if p.is_file())
     assert SECRET not in shown
+
+
+def test_of_a_stream_only_what_is_looked_at_is_fetched(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """Of Parquet files those that are opened, of single pictures those that are drawn; no copy is kept on disk."""
+    out = tmp_path / "out"
+    streaming = "--streaming", "--stream-rows", 60, "--test", "some-org/shards", "--test-samples", 20
+    done = run("purify", "some-org/resnet", *QUICK, "--clean", "some-org/pictures", *streaming, "-o", out)
+    assert done.returncode == 0, done.stderr
+    report = provenance(out)
+    assert report["clean"] | {"source": "some-org/pictures", "samples": 40, "rows_read": 60} == report["clean"]
+    assert report["rows"][0]["clean_accuracy"]["n"] == 20
+    assert any("test samples were drawn from 60 rows of a stream" in w for w in report["warnings"])
+    fetched = [Path(path).suffix for path in hub.fetched()]
+    assert fetched.count(".png") == 40, "of 120"
+    assert 1 <= fetched.count(".parquet") <= 4, "of 20"
+    assert not [p for p in (tmp_path / "home").rglob("*") if p.suffix in (".parquet", ".arrow", ".png")]
 
 
 def test_a_revision_is_the_one_that_is_repaired(run: Run, commits: dict[str, str], tmp_path: Path) -> None:
