@@ -343,7 +343,7 @@ def _gathered(network: Any, learned: bool) -> int:
     sizes = [sum(p.numel() for p in u.parameters()) for u in units]
     inside = {id(p) for u in units for p in u.parameters()}
     rest = sum(p.numel() for p in network.parameters() if id(p) not in inside)
-    return rest + 2 * max(sizes, default=0) * (2 if learned else 1)
+    return rest + sum(sorted(sizes)[-2:]) * (2 if learned else 1)
 
 
 def find_neurons(adapter: Adapter, config: Mapping[str, Any], network: nn.Module) -> NeuronIndex:
