@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_purify.adapter import Loaded, spread_over
-from hf_purify.errors import ModelError
+from hf_purify.errors import ModelError, did_you_mean
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -135,6 +135,38 @@ def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:
     if not layers:
         raise ModelError(f"'{source}' has no layers that can be spread over processes (FSDP): launch without it")
     return DistributedConfig(fsdp_size=processes, fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
+
+
+def blank_model(config: Mapping[str, Any], source: str, auto: Any, what: str) -> nn.Module:
+    """The model that a `config.json` describes, in eval mode, with random weights; on the meta device with none.
+
+    Raises:
+        ModelError: transformers has no such model, it is quantized, or its settings do not go together.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers has no models of type '{kind}', which the config of '{source}' names{did_you_mean(kind, CONFIG_MAPPING)}"
+        )
+    try:
+        parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
+        if type(parsed) not in auto._model_mapping:
+            raise ModelError(f"'{source}' is no {what}: transformers has none for models of type '{kind}'")
+        check_config(parsed, source)
+        return auto.from_config(parsed).eval()
+    except ModelError:
+        raise
+    except Exception as error:  # each type checks its settings in its own way
+        raise ModelError(f"no {what} can be made of the config of '{source}': {str(error).strip().splitlines()[0]}") from error
+
+
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """What a config of transformers says of its checkpoint's weights; float32 where it says nothing."""
+    found = getattr(getattr(model, "config", None), "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def check_config(config: Any, source: str) -> None:

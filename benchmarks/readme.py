@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md from the JSON in benchmarks/results, between its markers.
+"""Write the tables of benchmarks/README.md, docs/scale.md and the README from the JSON in benchmarks/results, between their markers.
 
 python benchmarks/readme.py
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TITLES = {
+    "estimate-cpu": "what an estimate predicts over what a small Llama takes",
     "masks-cpu": "one thread of a CPU",
     "processes-cpu": "one, two and four processes on two cores",
     "runs-compile-cpu": "the options, torch.compile among them",
@@ -114,17 +115,88 @@ def processes(result: dict[str, Any]) -> list[str]:
     return [*out, rows(head, [*body, ["peak MiB of a process", *(r["peak_mb"] for r in found.values())]]), bounds(result)]
 
 
+def estimates(result: dict[str, Any]) -> list[str]:
+    """Tables of estimate.py: what was measured."""
+    return [facts(result), measured(result), shared(result), bounds(result)]
+
+
+def measured(result: dict[str, Any]) -> str:
+    """Predicted over measured on the small Llama."""
+    parts = list(result["measured"][0]["ratios"])
+    body = [[r["method"], r["stored"], r["precision"], _yes(r), *(f"{v:.3f}" for v in r["ratios"].values())] for r in result["measured"]]
+    return rows(["method", "weights stored in", "precision", "layers run again", *parts], body)
+
+
+def shared(result: dict[str, Any]) -> str:
+    """Predicted over measured on two processes that share it."""
+    parts = list(result["sharded"][0]["ratios"])
+    return rows(["method, FSDP2", *parts], [[r["method"], *(f"{v:.3f}" for v in r["ratios"].values())] for r in result["sharded"]])
+
+
+def predicted(result: dict[str, Any]) -> str:
+    """All that is predicted of the large Llamas, GiB a process."""
+    parts = ["weights", "undo", "gathered", "gradients", "optimizer", "kept", "passing", "total"]
+    body = [
+        [name, r["method"], r["processes"], _yes(r), *(_gib(r, p) for p in parts), f"{r['flops'] / 1e15:.3g}"]
+        for name, found in result["predicted"].items()
+        for r in found
+    ]
+    return rows(["model", "method", "processes", "layers run again", *parts, "PFLOP a step"], body)
+
+
+def scale(result: dict[str, Any]) -> str:
+    """The README's short table: totals with layers run again."""
+    body: list[list[object]] = []
+    for name, found in result["predicted"].items():
+        again = [r for r in found if r["checkpointing"]]
+        totals = [_gib(r, "total") for method in ("nft", "fine_tune") for r in again if r["method"] == method and r["processes"] in (1, 8)]
+        whole = {r["method"]: r for r in again if r["processes"] == 1}
+        steps = [f"{whole[method]['flops'] / 1e15:.3g}" for method in ("nft", "fine_tune")]
+        body.append([name, f"{whole['nft']['neurons']:,}", *totals, *steps])
+    columns = [f"{m}, {p} process{'es' if p > 1 else ''}: GiB each" for m in ("`nft`", "`fine_tune`") for p in (1, 8)]
+    return rows(["model", "values of the mask", *columns, "`nft`: PFLOP a step", "`fine_tune`"], body)
+
+
+def _yes(row: dict[str, Any]) -> str:
+    return "yes" if row.get("layers run again", row.get("checkpointing")) else "no"
+
+
+def _gib(row: dict[str, Any], part: str) -> str:
+    return f"{row['memory'][part] / 2**30:.1f}"
+
+
+def fill(path: Path, mark: str, text: str) -> None:
+    """Put a text between the markers of a document."""
+    pattern = f"<!-- {mark} -->\n.*?<!-- /{mark} -->"
+    path.write_text(re.sub(pattern, lambda _: f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->", path.read_text("utf-8"), flags=re.S), "utf-8")
+
+
 def main() -> None:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
-        kind = masks if "shapes" in result else texts if "texts" in result else processes if "processes" in result else runs
+        kind = (
+            masks
+            if "shapes" in result
+            else texts
+            if "texts" in result
+            else processes
+            if "processes" in result
+            else estimates
+            if "predicted" in result
+            else runs
+        )
         parts += [f"### {path.stem}: {TITLES.get(path.stem, result['machine'].get('gpu', 'CPU'))}", *kind(result)]
     readme = HERE / "README.md"
     begin, end = "<!-- tables -->", "<!-- end of tables -->"
     tables = f"{begin}\n\n" + "\n\n".join(parts) + f"\n\n{end}"
     text = re.sub(f"{begin}.*{end}", lambda _: tables, readme.read_text("utf-8"), flags=re.S)
     readme.write_text(text, encoding="utf-8")
+    result, root = json.loads((HERE / "results" / "estimate-cpu.json").read_text("utf-8")), HERE.parent
+    fill(root / "docs" / "scale.md", "measured", measured(result))
+    fill(root / "docs" / "scale.md", "sharded", shared(result))
+    fill(root / "docs" / "scale.md", "predicted", predicted(result))
+    fill(root / "README.md", "scale", scale(result))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,23 @@ def spread_over() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if wanted else 1
 
 
+@dataclass
+class Outline:
+    """A network as its `config.json` describes it, with no weights from a checkpoint.
+
+    Args:
+        loaded: the network, made on the device that was torch's default: on `meta` it takes no memory, elsewhere its weights are random.
+        batch: makes `n` samples of one size, on that device; whole numbers are on the CPU, so that they have values.
+        sample: what a sample is, in words: `512 tokens`.
+        dtype: of the checkpoint's weights, as far as the config says.
+    """
+
+    loaded: Loaded
+    batch: Callable[[int], Batch]
+    sample: str
+    dtype: torch.dtype = torch.float32
+
+
 class StandIn(nn.Module, ABC):
     """Recovered triggers, each leading to a class: what a defender can make of clean samples alone. Its parameters are theirs.
 
@@ -261,6 +278,20 @@ class Adapter(ABC):
     def record(self, loaded: Loaded) -> dict[str, Any]:
         """What a saved checkpoint's `config.json` should hold besides: how the model was fed."""
         return {}
+
+    def outline(self, config: Mapping[str, Any], length: int | None = None) -> Outline:
+        """The network that a `config.json` describes, without its weights.
+
+        Args:
+            length: tokens of a sample, where it is a text; as many as the library reads if not given.
+
+        Raises:
+            ConfigError: the modality has no outlines, or takes no such length.
+            ModelError: no network can be made of this config.
+        """
+        raise ConfigError(
+            f"models of {self.name} are not estimated: their loss depends on values, and there are none before a model is loaded"
+        )
 
     @abstractmethod
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from hf_purify.errors import ModelError, UnsafeCheckpoint
@@ -58,8 +58,7 @@ def pull(source: str, revision: str | None = None) -> Pulled:
         if path.name.endswith(PICKLES):
             raise pickle_error(source, [path.name])
         raise ModelError(f"expected a checkpoint folder or a Hub id, got the file '{source}'")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
+    _check_id(source)
     try:
         # resolves the revision once and takes all files from that commit; without a network, from the cache
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=ALLOWED, token=False))
@@ -70,6 +69,32 @@ def pull(source: str, revision: str | None = None) -> Pulled:
         raise ModelError(f"cannot read '{source}' from the Hub: {str(error).splitlines()[0]}") from error
     check_folder(folder, source)
     return Pulled(folder, folder.name)
+
+
+def pull_config(source: str, revision: str | None = None) -> tuple[dict[str, Any], str | None]:
+    """What the `config.json` of a folder or of a Hub repository says, or a file itself, and the commit it was read from. No weights are fetched.
+
+    Raises:
+        UnsafeCheckpoint: it asks for code of its own.
+        ModelError: there is none, or it is no JSON object.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ModelError(f"no config.json in '{source}'; expected a checkpoint of transformers or timm, or the file itself")
+        return safe_config(file, source), None
+    _check_id(source)
+    try:
+        file = Path(hf_hub_download(source, "config.json", revision=revision, token=False))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"cannot read the config.json of '{source}' from the Hub: {str(error).splitlines()[0]}") from error
+    return safe_config(file, source), file.parent.name
+
+
+def _check_id(source: str) -> None:
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -94,21 +119,32 @@ def check_folder(folder: Path, source: str) -> None:
     _check_names([p.name for p in folder.iterdir() if p.is_file()], source)
     for name in ("config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"):
         file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise ModelError(f"'{name}' of '{source}' is no valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ModelError(f"'{name}' of '{source}' must hold a JSON object, got {type(config).__name__}")
-        if "auto_map" in config:
-            raise UnsafeCheckpoint(
-                f"'{source}' wants to run its own code ({name}: auto_map); hf-purify never does. If the architecture is part of transformers, save the model under it first"
-            )
-        private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"]
-        if private:
-            raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
+        if file.is_file():
+            safe_config(file, source)
+
+
+def safe_config(file: Path, source: str) -> dict[str, Any]:
+    """What a config says.
+
+    Raises:
+        ModelError: it is no JSON object.
+        UnsafeCheckpoint: it asks for code of its own.
+    """
+    name = file.name
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{name}' of '{source}' is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"'{name}' of '{source}' must hold a JSON object, got {type(config).__name__}")
+    if "auto_map" in config:
+        raise UnsafeCheckpoint(
+            f"'{source}' wants to run its own code ({name}: auto_map); hf-purify never does. If the architecture is part of transformers, save the model under it first"
+        )
+    private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"]
+    if private:
+        raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
+    return config
 
 
 def pickle_error(source: str, files: list[str]) -> UnsafeCheckpoint:

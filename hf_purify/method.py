@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Examples
 from hf_purify.errors import ConfigError, ModelError, checked_type, did_you_mean
+from hf_purify.loop import TrainConfig
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
 from hf_purify.sharding import Original, is_sharded, local
@@ -68,6 +69,21 @@ class Verdict:
     folded: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
     curve: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a method, as it is planned before there are data: what an estimate of memory and time is made from.
+
+    Args:
+        train: what the loop is told.
+        mask: the neurons of the mask that is learned while all weights are frozen; None where all weights are learned.
+        level: where the mask acts; see `masks.masked`.
+    """
+
+    train: TrainConfig
+    mask: NeuronIndex | None = None
+    level: str = "activation"
 
 
 @dataclass
@@ -161,6 +177,16 @@ class Method(ABC):
     @abstractmethod
     def purify(self, ctx: Context) -> Verdict:
         """Repair `ctx.model`, or say by a mask how to; use clean data only."""
+
+    def plan(self, ctx: Context) -> Stage:
+        """The training that the method is, told before it runs; `ctx` has model and index, and no data.
+
+        Raises:
+            ConfigError: the method is more than one training, or decides on the way what it trains.
+        """
+        raise ConfigError(
+            f"{self.name} decides on the way how it trains, so that its cost is not known beforehand; its card names it: hf-purify show {self.name}"
+        )
 
     @final
     def __call__(self, ctx: Context) -> Verdict:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Adapter, Batch, Examples, Loaded, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Examples, Loaded, Outline, StandIn, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
@@ -20,6 +20,7 @@ from hf_purify.tables import Selection, class_names, open_data
 from .._checkpoints import check_weights
 from .examples import IGNORED, TextExamples, read_texts, text_means
 from .loading import RECORD, check_type, kind_of, known_types, load_folder, load_live, new_model
+from .outline import make_outline
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
 from .sample import Text
 from .stand_in import Words, reading_words
@@ -176,6 +177,9 @@ class TextAdapter(Adapter):
 
     def stand_ins(self, model: nn.Module) -> dict[str, type[StandIn]]:
         return {"words": Words}
+
+    def outline(self, config: Mapping[str, Any], length: int | None = None) -> Outline:
+        return make_outline(config, length)
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "bert", seed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Batch, Demo, Loaded, StandIn, Tiny
+from hf_purify.adapter import Batch, Demo, Loaded, Outline, StandIn, Tiny
 from hf_purify.errors import ConfigError, did_you_mean
 from hf_purify.tables import Selection, class_names, open_data
 
@@ -19,6 +19,7 @@ from .._pixels import AUGMENTATIONS, moved
 from .demo import make_demo
 from .examples import ImageExamples, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
+from .outline import make_outline
 from .stand_in import Patches, Spectrum, Warp, Waves
 from .triggers import TRIGGERS
 
@@ -101,6 +102,9 @@ class VisionAdapter(Classifier):
 
     def demo(self) -> Demo:
         return make_demo()
+
+    def outline(self, config: Mapping[str, Any], length: int | None = None) -> Outline:
+        return make_outline(config, length)
 
     def tiny(self, variant: str | None = None, seed: int = 0) -> Tiny:
         return make_tiny(variant or "resnet", seed)

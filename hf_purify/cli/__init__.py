@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_purify.cli.terminal import errors, quiet, run_job, show_report
+from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
 from hf_purify.errors import ConfigError, unknown
 from hf_purify.recipe import SINGULAR, parse_value, presets, read_pairs, read_settings
 
@@ -243,6 +243,43 @@ def sweep(
             typer.echo(f"{done} done, {len(failed)} failed, {len(rows) - done - len(failed)} not run; written to {output / 'sweep.html'}")
         if failed:
             raise typer.Exit(6)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Hub id, timm name, or a config.json; weights are not read.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="A method that knows beforehand how it trains, such as nft or fine_tune.")
+    ] = "nft",
+    processes: Annotated[str, typer.Option("--processes", help="Numbers of processes, each with a device of its own.")] = "1,2,4,8",
+    precision: Annotated[str, typer.Option("--precision", help="no (the dtype of the checkpoint), bf16 or fp16.")] = "no",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Samples a step over all processes; the method's own if not given.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens of a text; an image is as large as the config says.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the repair; the method's own if not given.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Clean samples, one in five of them held out.")] = 500,
+    tflops: Annotated[
+        float | None,
+        typer.Option("--tflops", help="10^12 operations a second that a device sustains, measured; without it no time is told."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Tell the memory and the operations that a repair takes, from a model's config alone.
+
+    `hf-purify estimate MODEL --method nft --batch-size 8 --precision bf16`
+    """
+    with errors():
+        quiet(as_json)
+        from hf_purify import estimate as estimates
+
+        plan = estimates.Plan(method, estimates.read_counts(processes), precision, batch_size, length, steps, samples, tflops)
+        found = estimates.estimate(model, plan, revision)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=2))
+        else:
+            show_estimate(found)
 
 
 @app.command("list")

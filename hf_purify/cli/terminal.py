@@ -17,6 +17,7 @@ from hf_purify.errors import PurifyError
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
 
 if TYPE_CHECKING:
+    from hf_purify.estimate import Estimate
     from hf_purify.report import Report
 
 JOBS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "implant": ImplantRecipe, "measure": MeasureRecipe}
@@ -97,3 +98,28 @@ def show_report(report: Report, output: str | None, as_json: bool) -> None:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if output:
         console.print(f"written to [bold]{output}[/] (start with report.html)", highlight=False)
+
+
+def show_estimate(found: Estimate) -> None:
+    """Two lines on model and repair, and a row for each number of processes, in GiB."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan, parts = found.plan, ("weights", "undo", "gathered", "gradients", "optimizer", "kept", "passing", "total")
+    learns = f"a mask over {found.neurons:,} neurons" if found.neurons else "all weights"
+    table = Table("processes", "layers run again", *parts, "PFLOP a step", *(["hours"] if plan.tflops else []), show_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for row in found.rows:
+        sizes = [f"{getattr(row.memory, part) / 2**30:.1f}" for part in parts]
+        hours = [f"{row.seconds / 3600:.2f}"] if row.seconds is not None else []
+        table.add_row(str(row.processes), "yes" if row.checkpointing else "no", *sizes, f"{row.flops / 1e15:.4g}", *hours)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(
+        f"[bold]{found.architecture}[/], {found.parameters:,} parameters in {found.dtype}\n"
+        f"{plan.method} learns {learns}: {found.steps:,} steps of {found.batch_size} samples of {found.sample}, "
+        f"each {found.forward / 1e15:.4g} PFLOP forward and {found.backward / 1e15:.4g} backward",
+        highlight=False,
+    )
+    console.print(table)
+    console.print("GiB and operations of each process, predicted from the config; with several processes under FSDP2", highlight=False)

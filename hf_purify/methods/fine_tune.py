@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_purify.loop import TrainConfig
-from hf_purify.method import Context, Method, MethodConfig, Verdict
+from hf_purify.method import Context, Method, MethodConfig, Stage, Verdict
 from hf_purify.routines import relearn
 
 
@@ -39,18 +39,22 @@ class FineTune(Method):
     trains = True
     control = True
 
-    def purify(self, ctx: Context) -> Verdict:
+    def plan(self, ctx: Context) -> Stage:
         config = self.config
         norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
-        lr = config.lr if config.lr is not None else 0.01 if norms else 0.003
-        train = TrainConfig(
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            schedule="cosine",
-            clip=5.0,
+        return Stage(
+            TrainConfig(
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                lr=config.lr if config.lr is not None else 0.01 if norms else 0.003,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                schedule="cosine",
+                clip=5.0,
+            )
         )
+
+    def purify(self, ctx: Context) -> Verdict:
+        train = self.plan(ctx).train
         relearn(ctx, train, index=ctx.index, removed=ctx.removed, title="fine-tune")
-        return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes={"learning rate": lr})
+        return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes={"learning rate": train.lr})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
-from hf_purify.method import Context, Method, MethodConfig, Verdict
+from hf_purify.method import Context, Method, MethodConfig, Stage, Verdict
 from hf_purify.neurons import NeuronIndex
 from hf_purify.routines import tune_mask
 
@@ -68,33 +68,42 @@ class NFT(Method):
     config_class = NFTConfig
     config: NFTConfig
 
-    def purify(self, ctx: Context) -> Verdict:
+    def plan(self, ctx: Context) -> Stage:
         config = self.config
         index = ctx.neurons(config.granularity)
-        norms = all(g.role == "norm" for g in index)
+        norms = _norms(index)
         lr = config.lr if config.lr is not None else 0.05 if norms else 0.01
-        lr_end = config.lr_end if config.lr_end is not None else 0.4 * lr
-        per_class = max(1.0, len(ctx.data) / max(1, len(ctx.data.labels.unique())))
         train = TrainConfig(
             steps=config.steps,
             batch_size=config.batch_size,
             replacement=True,
             lr=lr,
-            lr_end=lr_end,
+            lr_end=config.lr_end if config.lr_end is not None else 0.4 * lr,
             momentum=config.momentum,
             schedule="cosine",
             schedule_every=max(1, config.steps // 5),
             mixup=True,
             mode="train" if norms and config.norms == "train" else "eval",
         )
+        return Stage(train, index, config.level)
+
+    def purify(self, ctx: Context) -> Verdict:
+        config, stage = self.config, self.plan(ctx)
+        index = stage.mask or ctx.index
+        floor = floors(index, config, _norms(index))
+        per_class = max(1.0, len(ctx.data) / max(1, len(ctx.data.labels.unique())))
 
         def pull(mask: Tensor) -> Tensor:
             return config.eta / per_class * (1 - mask).abs().sum()
 
-        mask = tune_mask(ctx, index, train, floor=floors(index, config, norms), penalty=pull, level=config.level, title="NFT").cpu()
+        mask = tune_mask(ctx, index, stage.train, floor=floor, penalty=pull, level=stage.level, title="NFT").cpu()
         whole = ctx.index.embed(index, mask)
-        notes = {"learning rate": lr, "smallest mask": float(mask.min()), "masks under 0.5": int((mask < 0.5).sum())}
+        notes = {"learning rate": stage.train.lr, "smallest mask": float(mask.min()), "masks under 0.5": int((mask < 0.5).sum())}
         return Verdict(scores=1 - whole, mask=whole, notes=notes)
+
+
+def _norms(index: NeuronIndex) -> bool:
+    return all(g.role == "norm" for g in index)
 
 
 def floors(index: NeuronIndex, config: NFTConfig, norms: bool) -> Tensor:

@@ -136,6 +136,18 @@ def provenance(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
+def test_an_estimate_fetches_the_config_alone(run: Run, hub: Hub, commits: dict[str, str]) -> None:
+    done = run("estimate", "some-org/resnet", "--json", "--processes", 1, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["revision"] == commits["new"]
+    assert hub.fetched() == {"config.json"}
+    old = json.loads(run("estimate", "some-org/resnet", "--revision", "v1", "--json", "--processes", 1).stdout)
+    assert old["revision"] == commits["old"]
+    missing = run("estimate", "some-org/nothing")
+    assert missing.returncode == 2
+    assert "cannot read the config.json of 'some-org/nothing' from the Hub" in missing.stderr
+
+
 def test_model_and_data_of_the_hub(run: Run, hub: Hub, commits: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("purify", "some-org/resnet", *QUICK, "--split", "train", "--test", "some-org/digits", "--test-split", "test", "-o", out)
