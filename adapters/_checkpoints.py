@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -134,7 +135,10 @@ def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:
     layers = [re.sub(r"\.\d+(?=\.|$)", ".*", n) for n, m in bare.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"'{source}' has no layers that can be spread over processes (FSDP): launch without it")
-    return DistributedConfig(fsdp_size=processes, fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
+    halved = (
+        bool(AcceleratorState._shared_state) and AcceleratorState().mixed_precision == "bf16"
+    )  # else autocast would keep a copy of each layer
+    return DistributedConfig(fsdp_size=processes, fsdp_plan=dict.fromkeys(layers, "free_full_weight"), fsdp_mixed_precision=halved)
 
 
 def blank_model(config: Mapping[str, Any], source: str, auto: Any, what: str) -> nn.Module:

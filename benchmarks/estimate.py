@@ -13,8 +13,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +158,8 @@ def compare(method: str, stored: str, precision: str, again: bool) -> dict[str, 
     measured = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "kept": kept, "total": total}
     mask = 0 if stage.mask is None else 4 * len(stage.mask)  # not among the weights that are measured
     cast = 0 if again else memory.gathered  # the graph keeps weights as autocast has made them; of layers that run again it keeps none
-    expected = dataclasses.asdict(memory) | {"weights": memory.weights - mask, "kept": memory.kept + cast, "total": memory.total}
+    host = weights  # on a CPU, the host's copy that a method puts back when it fails is in the same memory
+    expected = dataclasses.asdict(memory) | {"weights": memory.weights - mask, "kept": memory.kept + cast, "total": memory.total + host}
     return {
         "method": method,
         "stored": stored,
@@ -169,25 +172,21 @@ def compare(method: str, stored: str, precision: str, again: bool) -> dict[str, 
     }
 
 
-def sharded(method: str) -> dict[str, Any]:
-    """Bytes of each of two processes that share the small Llama under FSDP2, wrapped as accelerate does; run by torchrun."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def sharded(method: str, folder: Path) -> dict[str, Any]:
+    """Bytes of each of two processes that share the small Llama, as transformers spreads it under FSDP2; run by torchrun."""
+    from transformers import AutoModelForCausalLM
 
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    mesh, adapter, config = init_device_mesh("cpu", (2,)), find("adapter", "text")(), {**LLAMA, **SMALL, "dtype": "float32"}
+    from hf_purify_adapters._checkpoints import load_model
+
+    Accelerator(cpu=True)
+    adapter, config = find("adapter", "text")(), {**LLAMA, **SMALL, "dtype": "float32"}
     outline = adapter.outline(config, LENGTH // 4)
-    model: Any = outline.loaded.model
+    model: Any = load_model(folder, "small", AutoModelForCausalLM, "causal model")
+    outline.loaded.model = model
     index = adapter.index(outline.loaded, outline.batch(2))
     ctx = Context(model, adapter, None, torch.Generator(), None, index=index)  # type: ignore[arg-type]
     stage = make_method(method).plan(ctx)
     model.requires_grad_(stage.mask is None)
-    for unit in (*model.model.layers, model.model.embed_tokens):
-        fully_shard(unit, mesh=mesh)
-    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
     with contextlib.ExitStack() as stack:
         learned = list(model.parameters())
         stack.enter_context(mode(model, stage.train.mode))
@@ -218,12 +217,20 @@ def local_bytes(tensors: Any) -> int:
 
 def compare_sharded(method: str) -> dict[str, Any]:
     """The same under FSDP2, in processes of their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, "--sharded", method]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        outline = find("adapter", "text")().outline({**LLAMA, **SMALL, "dtype": "float32"}, LENGTH // 4)
+        outline.loaded.model.save_pretrained(folder)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        env = os.environ | {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run([*launch, __file__, "--sharded", method, folder], capture_output=True, text=True, check=True, env=env)
     measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     plan = Plan(method, (2,), batch_size=2 if method == "nft" else 4, length=LENGTH // 4)
     memory = estimate_config({**LLAMA, **SMALL, "dtype": "float32"}, plan, "small").rows[0].memory
-    found = dataclasses.asdict(memory) | {"weights": memory.undo, "step": memory.gathered + memory.gradients + memory.kept + memory.passing}
+    mask = memory.gradients if method == "nft" else 0  # not among the weights that are measured
+    found = dataclasses.asdict(memory) | {
+        "weights": memory.weights - mask,
+        "step": memory.gathered + memory.gradients + memory.kept + memory.passing,
+    }
     ratios = {k: round(found[k] / measured[k], 4) for k in measured}
     return {"method": method, "measured": measured, "predicted": {k: found[k] for k in measured}, "ratios": ratios}
 
@@ -232,10 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--small", action="store_true", help="leave the table of large models out")
-    parser.add_argument("--sharded", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--sharded", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.sharded:
-        found = sharded(args.sharded)
+        found = sharded(args.sharded[0], Path(args.sharded[1]))
         if torch.distributed.get_rank() == 0:
             print(json.dumps(found), flush=True)
         torch.distributed.destroy_process_group()

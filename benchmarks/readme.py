@@ -135,7 +135,7 @@ def shared(result: dict[str, Any]) -> str:
 
 def predicted(result: dict[str, Any]) -> str:
     """All that is predicted of the large Llamas, GiB a process."""
-    parts = ["weights", "undo", "gathered", "gradients", "optimizer", "kept", "passing", "total"]
+    parts = ["weights", "gathered", "gradients", "optimizer", "kept", "passing", "total"]
     body = [
         [name, r["method"], r["processes"], _yes(r), *(_gib(r, p) for p in parts), f"{r['flops'] / 1e15:.3g}"]
         for name, found in result["predicted"].items()

@@ -24,7 +24,7 @@ from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
 from hf_purify.report import Row
 from hf_purify.session import Session, open_progress, open_session
-from hf_purify.task import snapshot
+from hf_purify.task import put_back, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Comparison:
 
     def repair(self, method: Method) -> Repair:
         """Run a method on the original weights, and measure what it left."""
-        self.session.model.load_state_dict(self.base)
+        put_back(self.session.model, self.base)
         self.context.generator.manual_seed(self.session.recipe.seed)
         torch.manual_seed(self.session.recipe.seed)
         start, regained = time.perf_counter(), self._regained
@@ -76,7 +76,7 @@ class Comparison:
 
     def keep(self, done: Repair) -> None:
         """Leave the model as a repair made it."""
-        self.session.model.load_state_dict(done.state)
+        put_back(self.session.model, done.state)
 
 
 def open_comparison(recipe: PurifyRecipe) -> Comparison:
@@ -109,7 +109,7 @@ def oracle_rows(comparison: Comparison, done: Repair) -> list[Row]:
         return []
     best: Row | None = None
     for point in verdict.curve:
-        session.model.load_state_dict(comparison.base)
+        put_back(session.model, comparison.base)
         mask = (verdict.scores <= point["cut"]).float().to(session.accelerator.device)
         bake(session.model, comparison.context.index, mask)
         notes = {"threshold": point["threshold"]}

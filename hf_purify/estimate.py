@@ -1,8 +1,7 @@
 """What a repair takes, before anything is downloaded: memory by process under FSDP2, operations, and time.
 
-    total      = weights + undo + gathered + gradients + optimizer + activations
+    total      = weights + gathered + gradients + optimizer + activations
     weights    = (parameters / P) * bytes, each parameter's first axis rounded up to a share of P; buffers and the mask whole
-    undo       = weights: the copy that a method puts back when it fails
     gathered   = what stays whole, and two layers: the one that runs and the one that is fetched; twice that with weight gradients
     gradients  = parameters / P * bytes where weights are learned; 4 bytes a neuron where a mask is
     optimizer  = that many bytes with momentum, twice that and 4 bytes a tensor with AdamW
@@ -101,7 +100,6 @@ class Memory:
 
     Args:
         weights: its share of the weights; buffers and the mask whole.
-        undo: its share of the copy that is put back when a method fails.
         gathered: layers that are whole for a while; on one process, copies of weights in the dtype that is computed in.
         gradients, optimizer: of what is learned.
         kept: activations that the forward pass leaves for the backward pass.
@@ -109,7 +107,6 @@ class Memory:
     """
 
     weights: int
-    undo: int
     gathered: int
     gradients: int
     optimizer: int
@@ -288,19 +285,15 @@ def memory_of(network: nn.Module, stored: torch.dtype, computed: torch.dtype, st
         computed: dtype of what a layer works with.
     """
     learned, train, alone = stage.mask is None, stage.train, processes == 1
-    held = (
-        torch.float32 if learned and not alone and stored != computed and computed != torch.float32 else stored
-    )  # accelerate's FSDP2 does so
     params = list(network.parameters())
-    share = sum(_shard(p, processes) for p in params) * held.itemsize
+    share = sum(_shard(p, processes) for p in params) * stored.itemsize
     weights = share + sum(b.numel() * b.element_size() for b in network.buffers())
     moved = {id(p): p for p in movable(network).values()} if learned else {}
-    gradients = sum(_shard(p, processes) for p in moved.values()) * held.itemsize if learned else 4 * len(stage.mask or ())
+    gradients = sum(_shard(p, processes) for p in moved.values()) * stored.itemsize if learned else 4 * len(stage.mask or ())
     tensors = len(moved) or 1
     optimizer = 2 * gradients + 4 * tensors if train.optimizer == "adamw" else gradients * (train.momentum > 0)
     return Memory(
         weights + (0 if learned else gradients),  # a mask is as large as its gradient
-        weights,
         _cast(network, stored, computed) if alone else _gathered(network, learned) * computed.itemsize,
         gradients,
         optimizer,
@@ -329,10 +322,10 @@ def _cast(network: nn.Module, stored: torch.dtype, computed: torch.dtype) -> int
 
 
 def _gathered(network: Any, learned: bool) -> int:
-    """Values of weights that are whole at once, as accelerate wraps a network for FSDP2.
+    """Values of weights that are whole at once, at most, where transformers spreads a network (FSDP2).
 
-    What is in no layer (the head, the last norm) stays whole from the forward to the backward pass; layers and the embedding come
-    and go, and the next one is fetched while one runs. Gradients of a layer are whole too, and once more while they are sent.
+    Layers and the embedding come and go, and the next one is fetched while one runs; what is in no layer (the head, the last norm) is
+    counted as if it were there all the time. Gradients of a layer are whole too, and once more while they are sent.
     """
     split = set(getattr(network, "_no_split_modules", None) or ())
     units = [m for m in network.modules() if type(m).__name__ in split]

@@ -21,7 +21,7 @@ from hf_purify.loop import TrainConfig
 from hf_purify.masks import bake, masked
 from hf_purify.neurons import NeuronIndex
 from hf_purify.sharding import Original, is_sharded, local
-from hf_purify.task import Task, reading
+from hf_purify.task import Task, put_back, reading, snapshot
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class Context(Task):
     @contextmanager
     def copy(self) -> Iterator[None]:
         """Work on the model in place; parameters and buffers are put back afterwards."""
-        state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        state = snapshot(self.model)
         try:
             yield
         finally:
-            self.model.load_state_dict(state)
+            put_back(self.model, state)
 
 
 def _has_statistics(model: nn.Module, name: str) -> bool:
@@ -201,7 +201,7 @@ class Method(ABC):
         modes = [m.training for m in modules]
         hooks = [_hooks(m) for m in modules]
         flags = {n: p.requires_grad for n, p in ctx.model.named_parameters()}
-        state = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
+        state = snapshot(ctx.model)  # on the host: a model as large as its device needs no second copy there
         try:
             verdict = self.purify(ctx)
             self._check(ctx, verdict)
@@ -209,7 +209,7 @@ class Method(ABC):
                 bake(ctx.model, ctx.index, verdict.mask.to(ctx.device))
             _check_weights(ctx.model, self.name)
         except BaseException:
-            ctx.model.load_state_dict(state)
+            put_back(ctx.model, state)
             raise
         finally:
             for module, training, before in zip(modules, modes, hooks, strict=True):

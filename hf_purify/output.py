@@ -26,7 +26,8 @@ from hf_purify.ia3 import save_ia3
 from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
-from hf_purify.sharding import is_sharded, local
+from hf_purify.sharding import is_sharded
+from hf_purify.task import put_back, snapshot
 
 if TYPE_CHECKING:
     from hf_purify.comparison import Comparison, Repair
@@ -159,11 +160,11 @@ def save_adapter(out: Path, comparison: Comparison, done: Repair, extra: dict[st
     """
     session, loaded = comparison.session, comparison.session.loaded
     base = session.adapter.locate(loaded.source) or loaded.source
-    session.model.load_state_dict(comparison.base)
+    put_back(session.model, comparison.base)
     try:
         save_ia3(out, session.model, comparison.context.index, done.verdict.mask, base=base, revision=loaded.revision, extra=extra)
     finally:
-        session.model.load_state_dict(done.state)
+        put_back(session.model, done.state)
 
 
 def not_portable(method: str) -> ConfigError:
@@ -182,14 +183,14 @@ def stored_buffers(
     The weights are folded again from the base, and compared bit for bit.
     """
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    current = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    current = snapshot(model)
     try:
-        model.load_state_dict(base)
+        put_back(model, base)
         bake(model, index, mask.to(next(model.parameters()).device))
-        folded = {k: local(v).cpu().clone() for k, v in model.state_dict().items()}
+        folded = snapshot(model)
     finally:
-        model.load_state_dict(current)
-    changed = [n for n in after if not torch.equal(folded[n], local(after[n]).cpu())]
+        put_back(model, current)
+    changed = [n for n in after if not torch.equal(folded[n], after[n])]
     if is_sharded(model):  # each process has looked at its part
         changed = list(dict.fromkeys(gather_object(changed)))
     return None if any(n in parameters for n in changed) else changed

@@ -17,6 +17,7 @@ from hf_purify.method import Method
 from hf_purify.report import NeuronLayer, Report, Row
 from hf_purify.salience import relative_change
 from hf_purify.session import Session
+from hf_purify.sharding import Gathered
 from hf_purify.streaming import Drawn
 
 
@@ -48,7 +49,8 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
     session, index, verdict = comparison.session, comparison.context.index, done.verdict
     masks, scores = index.split(verdict.mask), index.split(verdict.scores)
     trained = verdict.folded or bool((verdict.mask == 1).all())  # else the mask says what happened to the weights
-    changes = relative_change(index, comparison.base, done.state).tolist() if trained else [None] * len(index.groups)
+    before, after = Gathered(session.model, comparison.base), Gathered(session.model, done.state)
+    changes = relative_change(index, before, after).tolist() if trained else [None] * len(index.groups)
     chosen = verdict.notes.get("threshold")
     report = make_report(
         session,

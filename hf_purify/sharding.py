@@ -5,7 +5,7 @@ transformers spreads a model as it loads it, so that no process ever holds it wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,35 @@ def like(target: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Whole tensors of what each process keeps of its part of a model, put together one at a time as they are asked for; all must ask alike.
+
+    Args:
+        model: as it is spread.
+        kept: by name, what `task.snapshot` took of it here.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+        self.targets: dict[str, Any] = dict(model.state_dict())
+        self.kept = kept
+
+    def __getitem__(self, name: str) -> Tensor:
+        target, mine = self.targets[name], self.kept[name]
+        if not is_spread(target):
+            return mine
+        from torch.distributed.tensor import DTensor
+
+        there = mine.to(target.device)
+        made: Any = DTensor.from_local(there, target.device_mesh, target.placements, shape=target.shape, stride=target.stride())
+        return made.full_tensor().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded
 from hf_purify.checkpointing import recomputed
 from hf_purify.resuming import Progress
-from hf_purify.sharding import is_spread
+from hf_purify.sharding import local
 from hf_purify.sharing import BATCH_NORM, average, in_turn, shared
 
 
@@ -89,8 +89,15 @@ def movable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers, on the CPU; those that are spread over processes stay where they are."""
-    return {k: v.detach().clone() if is_spread(v) else v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    """A copy of all parameters and buffers on the CPU; of those that are spread over processes, of what lies here."""
+    return {k: local(v).to("cpu", copy=True) for k, v in model.state_dict().items()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Give a model the values that `snapshot` took of it."""
+    for name, value in model.state_dict().items():
+        local(value).copy_(kept[name])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ EVERY = 4
 
 
 def settings(victim: str, data: str, out: Path) -> list[str]:
-    options = ["--option", "ft_sam.batch_size=20", "--option", "ft_sam.epochs=15", "--option", "rnp.recover_epochs=10"]
+    options = ["--option", "ft_sam.batch_size=20", "--option", "ft_sam.epochs=20", "--option", "rnp.recover_epochs=10"]
     chosen = ["-m", "rnp+ft_sam", *options, "-n", "200", "--no-controls", "--checkpoint-every", str(EVERY), "--device", "cpu", "--json"]
     return ["purify", victim, "--clean", f"{data}/train.parquet", "-o", str(out), *chosen]
 
@@ -73,12 +73,15 @@ def main(victim: str, data: str, folder: Path, kills: int) -> None:
             if job == 0:
                 child(settings(victim, data, out), log)
             if out.name == "killed" and killed < kills:
-                time.sleep(draw.uniform(0.8, 1.7))
+                if killed % 5:  # most of them in the midst of a training; the others anywhere
+                    while len(steps(log)) == len(before) and os.waitid(os.P_PID, job, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                        time.sleep(0.01)
+                time.sleep(draw.uniform(0.0, 0.25))
                 os.kill(job, draw.choice([signal.SIGKILL, signal.SIGTERM]))
                 killed += 1
             _, status = os.waitpid(job, 0)
             code = os.waitstatus_to_exitcode(status)
-            if code not in (0, -signal.SIGKILL, 143):
+            if code not in (0, -signal.SIGKILL, -signal.SIGTERM, 143):
                 sys.exit(f"the job ended with {code}")
             if out.exists() and not (out / "report.json").is_file():
                 half.append(out.name)

@@ -2,7 +2,7 @@
 
 python tests/sharded.py MODEL DATA FOLDER METHOD ...
 
-A method with `!` behind it is interrupted behind its first checkpoint, and goes on.
+A method with `!` behind it is interrupted behind its first checkpoint, and goes on; one with `~` computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ OPTIONS = {
 
 def main(model: str, data: str, folder: Path, methods: list[str]) -> None:
     for spec in methods:
-        method = spec.rstrip("!")
+        method = spec.rstrip("!~")
         settings = {"options": OPTIONS.get(method, {}), "samples": None, "held_out": 0.5, "controls": False, "test": data}
         recipe = PurifyRecipe.make(model=model, clean=data, method=method, output=str(folder / spec), device="cpu", **settings)
-        if spec != method:
+        if spec.endswith("~"):
+            recipe = dataclasses.replace(recipe, precision="bf16")
+        if spec.endswith("!"):
             recipe = dataclasses.replace(recipe, checkpoint_every=2)
             interrupt(recipe)
         report = run_purify(recipe)

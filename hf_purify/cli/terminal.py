@@ -105,7 +105,7 @@ def show_estimate(found: Estimate) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    plan, parts = found.plan, ("weights", "undo", "gathered", "gradients", "optimizer", "kept", "passing", "total")
+    plan, parts = found.plan, ("weights", "gathered", "gradients", "optimizer", "kept", "passing", "total")
     learns = f"a mask over {found.neurons:,} neurons" if found.neurons else "all weights"
     table = Table("processes", "layers run again", *parts, "PFLOP a step", *(["hours"] if plan.tflops else []), show_edge=False)
     for column in table.columns:

@@ -14,6 +14,7 @@ from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.routines import relearn
+from hf_purify.task import put_back, snapshot
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class FTSAM(Method):
             weight_decay=config.weight_decay,
             schedule="cosine",
         )
-        start = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
+        start = snapshot(ctx.model)
         least = max(ctx.accuracy(), _accuracy_of(ctx, ctx.original)) - config.max_loss
         rho = config.rho
         while True:
@@ -101,7 +102,7 @@ class FTSAM(Method):
             if reached >= least - 1e-6 or rho <= config.rho / 8:
                 break
             rho /= 2
-            ctx.model.load_state_dict(start)
+            put_back(ctx.model, start)
         notes = {"rho": rho, "held-out accuracy": reached, "within max_loss": reached >= least - 1e-6}
         return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes=notes)
 

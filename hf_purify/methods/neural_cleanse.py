@@ -15,7 +15,7 @@ from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
 from hf_purify.routines import costs, glance, invert, recover, relearn, unlearn
-from hf_purify.task import reading
+from hf_purify.task import put_back, reading, snapshot
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class NeuralCleanse(Method):
         recovered = recover(ctx, kind, torch.tensor(suspicious).repeat(config.copies), config.invert_steps)
         limits = recovered.size().detach()
         notes = {"recovered": said} if (said := recovered.describe()) else {}
-        start = {k: v.detach().clone() for k, v in ctx.model.state_dict().items()}
+        start = snapshot(ctx.model)
         teacher = ctx.teacher()
 
         def objective(batch: dict[str, Tensor]) -> Tensor:
@@ -225,4 +225,4 @@ class NeuralCleanse(Method):
             if reached >= least - 1e-6 or lr <= first / 8:
                 return {**notes, "lr": lr, "held-out accuracy": reached, "within max_loss": reached >= least - 1e-6}
             lr /= 2
-            ctx.model.load_state_dict(start)
+            put_back(ctx.model, start)

@@ -25,6 +25,7 @@ from hf_purify.twins import index_by_twin
 TESTS = Path(__file__).resolve().parents[1]
 FSDP = TESTS.parent / "recipes" / "accelerate" / "fsdp2.yaml"
 SPREADING = [name for name in names("method") if find("method", name).spreads]
+CASES = [("llama", method) for method in [*SPREADING, "fine_tune!"]] + [("bert", method) for method in ("nft", "ft_sam")]
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -64,7 +65,9 @@ def results(folder: Path) -> Callable[[str, int], Path]:
         if key not in made:
             made[key] = folder / f"{model}-{processes}"
             made[key].mkdir()
-            job = [TESTS / "sharded.py", folder / model, folder / f"{model}.parquet", made[key], *SPREADING, "fine_tune!"]
+            more = ["fine_tune~"] if model == "llama" and processes > 1 else []
+            methods = [method for name, method in CASES if name == model] + more
+            job = [TESTS / "sharded.py", folder / model, folder / f"{model}.parquet", made[key], *methods]
             done = launch(processes, *job, config=FSDP if processes > 1 else None)
             assert done.returncode == 0, done.stderr[-3000:]
         return made[key]
@@ -74,8 +77,7 @@ def results(folder: Path) -> Callable[[str, int], Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", [*SPREADING, "fine_tune!"])
-@pytest.mark.parametrize("model", ["llama", "bert"])
+@pytest.mark.parametrize(("model", "method"), CASES)
 def test_spread_model_is_repaired_as_a_whole_one(results: Callable[[str, int], Path], folder: Path, model: str, method: str) -> None:
     """The same checkpoint, mask and figures; what ran was spread, each process holding its half."""
     one, two = results(model, 1), results(model, 2)
@@ -97,6 +99,17 @@ def test_spread_model_is_repaired_as_a_whole_one(results: Callable[[str, int], P
         assert mine["clean_accuracy"] == theirs["clean_accuracy"]
         assert mine["utility"] == pytest.approx(theirs["utility"], rel=1e-5)
     assert not (two / f"{method}.checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_spread_model_computes_in_half_the_bytes(results: Callable[[str, int], Path], folder: Path) -> None:
+    """Near the repair in full precision, and not the same; what is stored stays as it was stored."""
+    spread, full = (load_file(results("llama", 2) / name / "model.safetensors") for name in ("fine_tune~", "fine_tune"))
+    before = load_file(folder / "llama" / "model.safetensors")
+    moved = sum(float((full[k] - w).square().sum()) for k, w in before.items()) ** 0.5
+    apart = sum(float((full[k] - spread[k]).square().sum()) for k in before) ** 0.5
+    assert 0 < apart < 0.1 * moved
+    assert {w.dtype for w in spread.values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -139,7 +139,6 @@ class TestAgainstARealNetwork:
         held = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         assert row.memory.weights == weights + (mask.nbytes if mask is not None else 0)
-        assert row.memory.undo == weights
         assert (row.memory.gathered, row.memory.gradients) == (0, gradients)
         assert row.memory.optimizer == sum(t.nbytes for t in held)
         assert row.memory.kept == pytest.approx(found, rel=0.02)
@@ -196,7 +195,7 @@ class TestFormula:
     def test_shares_are_as_large_as_the_largest(self) -> None:
         network = nn.Linear(5, 7, device=META)
         found = memory_of(network, torch.float32, torch.float32, Stage(TrainConfig(steps=1)), 2, none)
-        assert found.weights == found.undo == found.gradients == found.optimizer == 4 * (4 * 5 + 4)
+        assert found.weights == found.gradients == found.optimizer == 4 * (4 * 5 + 4)
         assert found.gathered == 4 * (7 * 5 + 7), "a network with no layers is gathered whole"
 
     def test_what_is_gathered_is_the_head_and_two_layers(self) -> None:
@@ -209,16 +208,15 @@ class TestFormula:
             found = memory_of(network, torch.float32, torch.bfloat16, stage, 4, none)
             assert found.gathered == 2 * (head + times * layer)
 
-    def test_weights_that_are_learned_are_float32_under_mixed_precision(self) -> None:
-        """accelerate makes them so for FSDP2; frozen ones stay as they are stored."""
-        stored, computed = torch.float16, torch.bfloat16
+    def test_shares_keep_the_dtype_of_the_checkpoint_and_what_is_gathered_has_that_of_the_computation(self) -> None:
         with META:
             network = modality(LLAMA).outline(LLAMA, 16).loaded.model
-        size = 2 * sum(p.numel() for p in network.parameters())
-        full = memory_of(network, stored, computed, Stage(TrainConfig(steps=1)), 2, none)
-        frozen = memory_of(network, stored, computed, Stage(TrainConfig(steps=1), find_neurons(modality(LLAMA), LLAMA, network)), 2, none)
-        assert full.gradients == pytest.approx(size, rel=0.02)
-        assert frozen.undo == pytest.approx(size / 2, rel=0.02)
+        size = 4 * sum(p.numel() for p in network.parameters())
+        found = {c: memory_of(network, torch.float32, c, Stage(TrainConfig(steps=1)), 2, none) for c in (torch.float32, torch.bfloat16)}
+        for memory in found.values():
+            assert memory.weights == pytest.approx(size / 2, rel=0.02)
+            assert memory.gradients == pytest.approx(size / 2, rel=0.02)
+        assert found[torch.float32].gathered == 2 * found[torch.bfloat16].gathered
 
     def test_partners_of_mixed_texts_run_on_the_same_process(self) -> None:
         rows = estimate_config(LLAMA, Plan("nft", (1, 2, 4, 16), batch_size=8, length=8)).rows[::2]
@@ -361,7 +359,7 @@ class TestDocuments:
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
 
     def test_tables_are_those_of_the_results(self, stored: dict[str, Any]) -> None:
-        parts = ("weights", "undo", "gathered", "gradients", "optimizer", "kept", "passing", "total")
+        parts = ("weights", "gathered", "gradients", "optimizer", "kept", "passing", "total")
         expected = [
             [size, r["method"], str(r["processes"]), *(f"{r['memory'][p] / 2**30:.1f}" for p in parts)]
             for size, rows in stored["predicted"].items()
