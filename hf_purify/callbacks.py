@@ -39,7 +39,7 @@ class _Callback(TrainerCallback):
     """What both callbacks share: the trainer, and settings of a recipe, which are checked when the callback is made."""
 
     def __init__(self, trainer: Trainer, settings: dict[str, Any]) -> None:
-        for name in ("model", "device", "precision", "compile", "output"):
+        for name in ("model", "device", "precision", "compile", "output", "checkpoint_every", "accumulate"):
             if name in settings:
                 raise ConfigError(f"'{name}' is the trainer's own: leave it out")
         self.trainer = trainer

@@ -8,11 +8,11 @@ comparison.keep(done)                            # the model is left as this rep
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from hf_purify.adapter import Examples
@@ -26,7 +26,7 @@ from hf_purify.report import Row
 from hf_purify.session import Session, open_progress, open_session
 from hf_purify.task import put_back, snapshot
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)  # which speaks on the main process alone
 
 
 @dataclass

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,7 +37,7 @@ from hf_purify.sharding import like, local, whole
 
 FORMAT = "hf-purify-checkpoint/1"
 MANIFEST = "manifest.json"
-log = logging.getLogger(__name__)
+log = get_logger(__name__)  # which speaks on the main process alone
 
 
 @dataclass
@@ -78,7 +78,7 @@ class _Kept(Stage):
         self.saved, self.ended = _read(progress.folder / entry["file"]), entry["ended"]
         progress.regained += self.saved.values["seconds"]
         self.began -= self.saved.values["seconds"]
-        if not self.ended and progress.accelerator.is_main_process:
+        if not self.ended:
             log.warning("resuming '%s' at step %d (training %d of the job)", title, entry["step"], number + 1)
 
     def step(self, number: int, state: Callable[[], State]) -> None:
@@ -369,7 +369,7 @@ class Running:
             if kind == "optimizer":
                 i, _, name = rest.partition("/")
                 p = self.trained[int(i)]
-                self.optimizer.state[p][name] = like(p, value) if value.dim() else value.to(p.device if p.is_cuda else "cpu")
+                self.optimizer.state[p][name] = like(p, value) if value.dim() else value  # counts of steps stay on the CPU
         for group, lr in zip(self.optimizer.param_groups, values["lr"], strict=True):
             group["lr"] = lr
         self.scheduler.last_epoch, self.scheduler._last_lr = values["steps"], values["lr"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 
@@ -29,7 +29,7 @@ from hf_purify.task import Task, snapshot
 from hf_purify.tracking import begin, check_trackers
 
 ELSEWHERE = ("output", "overwrite", "trackers", "logging_dir", "checkpoint_every")  # where a job writes is no part of what it is
-log = logging.getLogger(__name__)
+log = get_logger(__name__)  # which speaks on the main process alone
 
 
 @dataclass

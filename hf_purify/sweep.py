@@ -8,6 +8,7 @@ sweep(models, settings):
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.resources
 import json
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm.auto import tqdm
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
@@ -123,15 +125,16 @@ def read_jobs(models: Path, out: Path, kind: str, preset: Path | None, settings:
             model, *own = shlex.split(line, comments=True) or [""]
             if not model:
                 continue
-            merged = {**settings, **read_pairs(own), "model": model, "output": None}
+            merged = {**settings, **read_pairs(own), "model": model, "output": str(out)}
             made = KINDS[kind].read(preset, **merged) if preset else KINDS[kind].make(**merged)
             if isinstance(made, PurifyRecipe):
                 make_method(made.method, **made.options)
         except (PurifyError, ValueError) as error:
             raise ConfigError(f"line {number} of '{models}': {error}") from error
-        digest = hashlib.sha256(made.to_yaml().encode()).hexdigest()[:8]
+        plain = yaml.safe_dump({k: v for k, v in made.to_dict().items() if k != "output"}, sort_keys=False, allow_unicode=True)
+        digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
         name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '--', model).strip('.-')[-80:]}-{digest}"
-        jobs[name] = Job(kind, made, name, out)
+        jobs[name] = Job(kind, dataclasses.replace(made, output=str(out / name)), name, out)
     if not jobs:
         raise ConfigError(f"the list '{models}' names no model; expected one a line")
     return list(jobs.values())
@@ -146,8 +149,7 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> None:
     def one(job: Job) -> None:
         recipe = job.out / "jobs" / f"{job.name}.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        content = job.recipe.to_yaml() + f"output: {json.dumps(str(job.folder))}\n"
-        replace_text(recipe, content)
+        replace_text(recipe, job.recipe.to_yaml())
         command = [sys.executable, "-m", "hf_purify", job.kind, "--recipe", str(recipe), "--json"]
         log = recipe.with_suffix(".log")
         with log.open("wb") as said:

@@ -43,6 +43,8 @@ def benchmark(preset: Path | None, settings: dict[str, Any]) -> None:
     recipe = PurifyRecipe.read(preset, **settings) if preset else PurifyRecipe.make(**settings)
     if recipe.output is None or not recipe.triggers or recipe.test is None:
         raise ConfigError("a benchmark needs output=FOLDER, test data (test=...) and a trigger to measure with (triggers=[...])")
+    if recipe.checkpoint_every is not None:
+        raise ConfigError("a benchmark keeps each cell that is done: leave checkpoint_every out")
     for name, values, kind in (("methods", methods, str), ("seeds", seeds, int), ("sizes", sizes or [], int)):
         if not isinstance(values, list) or not all(type(v) is kind for v in values):
             raise ConfigError(

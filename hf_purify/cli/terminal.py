@@ -74,7 +74,7 @@ def quiet(as_json: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("hf_purify").setLevel(logging.INFO)
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.basicConfig(level=logging.WARNING, format=f"{_speaker()}%(message)s")
     import datasets
 
     datasets.disable_progress_bars()

@@ -46,6 +46,7 @@ def test_cells_are_run_once_and_joined(victim: Path, stored: Path, tmp_path: Pat
         (["sizes=[0]"], "samples must be at least 1, got 0"),
         (["triggers=[]"], "a benchmark needs output=FOLDER"),
         (["sample=3"], "did you mean 'samples'"),
+        (["checkpoint_every=3"], "a benchmark keeps each cell that is done: leave checkpoint_every out"),
     ],
 )
 def test_bad_settings(victim: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str) -> None:

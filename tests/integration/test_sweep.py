@@ -38,7 +38,12 @@ def listed(tmp_path: Path, *lines: object) -> Path:
 def test_failures_do_not_stop_a_sweep_and_what_is_done_is_not_run_again(victim: Path, preset: Path, tmp_path: Path) -> None:
     evil = "/nowhere/<script>alert(1)</script>"
     models = listed(
-        tmp_path, "# two that are there", f"{victim} method=random_mask", f"'{evil}'", "", f"{victim} method=norm_refresh # again"
+        tmp_path,
+        "# two that are there",
+        f"{victim} method=random_mask",
+        f"'{evil}'",
+        "",
+        f"{victim} method=norm_refresh checkpoint_every=5 # again",
     )
     out = tmp_path / "swept"
     first = run("sweep", models, "method=random_mask", "--recipe", preset, "-o", out, "--workers", 2)
