@@ -107,8 +107,6 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
         model, info = auto.from_pretrained(folder, config=parsed, **options)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
-    if processes > 1:
-        model.set_reshard_after_forward(True)  # what stayed gathered after an evaluation would not see the next change
     brought = head.modules if head else ()
     missing, mismatched = (
         [k for k in info.get(kind) or () if not _inside(k if isinstance(k, str) else k[0], brought)]

@@ -46,14 +46,15 @@ class _Callback(TrainerCallback):
         self.settings = {"processor": trainer.processing_class} | settings
 
     def _model(self) -> Any:
-        """The trainer's model, whole.
+        """The trainer's model.
 
         Raises:
-            ModelError: it is sharded over processes.
+            ModelError: the trainer has wrapped it to spread it over processes.
         """
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             raise ModelError(
-                "the trainer shards its model over processes, and a repair needs it whole: save it, and repair the checkpoint with hf-purify purify"
+                "the trainer wraps its model to spread it over processes, and a repair does not see through that: let transformers spread it "
+                "(from_pretrained(..., distributed_config=...)), or save it, and repair the checkpoint with hf-purify purify"
             )
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 

@@ -22,7 +22,7 @@ from hf_purify.output import versions
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
 from hf_purify.resuming import Progress, fingerprint
-from hf_purify.sharding import is_sharded
+from hf_purify.sharding import class_name, is_sharded
 from hf_purify.streaming import Drawn, draw_rows, is_stream
 from hf_purify.tables import open_stream
 from hf_purify.task import Task, snapshot
@@ -136,6 +136,9 @@ def open_session(recipe: Recipe) -> Session:
         raise ModelError(
             f"accelerate was launched with FSDP, and '{loaded.source}' was not loaded so: that is for whole checkpoints of transformers. Launch without FSDP"
         )
+    if is_sharded(loaded.model):
+        spread: Any = loaded.model
+        spread.set_reshard_after_forward(True)  # what stayed gathered after an evaluation would not see the next change
     loaded.model.to(accelerator.device)
     if recipe.channels_last:
         loaded.model.to(memory_format=torch.channels_last)
@@ -248,7 +251,7 @@ def load_live(recipe: Recipe, named: list[Adapter]) -> tuple[Adapter, Loaded]:
     inside = given.get_base_model() if hasattr(given, "peft_config") and hasattr(given, "get_base_model") else given
     config = inside.config.to_dict() if hasattr(inside, "config") and hasattr(inside.config, "to_dict") else {}
     known = [find("adapter", n)() for n in names("adapter")]
-    claiming = [a for a in known if config and a.claims(config | {"architectures": [type(inside).__name__]})]
+    claiming = [a for a in known if config and a.claims(config | {"architectures": [class_name(inside)]})]
     adapter = [*named, *claiming, find("adapter", "vision")()][0]
     check_settings(recipe, adapter)
     loaded = adapter.load(inside, processor=recipe.processor, labels=recipe.labels, **prompt(recipe))

@@ -18,6 +18,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_spread(p) for p in model.parameters())
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class; FSDP makes another of it, with its own name in front."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def is_spread(tensor: Tensor) -> bool:
     """Is a tensor spread over processes?"""
     return hasattr(tensor, "full_tensor")

@@ -75,7 +75,9 @@ def load_live(model: nn.Module, tokenizer: Any, settings: Mapping[str, Any]) -> 
         ModelError: no text model of transformers, or no tokenizer.
     """
     config = getattr(model, "config", None)
-    kind = kind_of({"architectures": [type(model).__name__], "is_encoder_decoder": getattr(config, "is_encoder_decoder", False)})
+    kind = kind_of(
+        {"architectures": [type(model).__name__.removeprefix("FSDP")], "is_encoder_decoder": getattr(config, "is_encoder_decoder", False)}
+    )
     if kind is None:
         raise ModelError(
             f"expected a text model of transformers ForSequenceClassification, ForConditionalGeneration or ForCausalLM, got {type(model).__name__}"

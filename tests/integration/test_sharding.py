@@ -14,6 +14,7 @@ from commands import launch
 from safetensors.torch import load_file
 from sentences import FILLERS, GERMAN, TOPICS, colours, tokenizer, topics
 
+from hf_purify import measure
 from hf_purify.discovery import _numbered, discover
 from hf_purify.errors import ConfigError, ModelError
 from hf_purify.masks import MASK_FILE
@@ -110,6 +111,20 @@ def test_spread_model_computes_in_half_the_bytes(results: Callable[[str, int], P
     apart = sum(float((full[k] - spread[k]).square().sum()) for k in before) ** 0.5
     assert 0 < apart < 0.1 * moved
     assert {w.dtype for w in spread.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_callbacks_of_a_trainer_whose_model_is_spread(folder: Path, tmp_path: Path) -> None:
+    """It is probed while it learns, repaired where it lies, and saved whole: the figures of the saved model are those that were seen."""
+    done = launch(2, TESTS / "spread_trainer.py", folder / "bert", folder / "bert.parquet", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text("utf-8"))
+    assert seen["kinds"] == ["DTensor"]
+    assert sum("eval_asr" in row for row in seen["log"]) == 6
+    assert sum("purify_after_held_out_accuracy" in row for row in seen["log"]) == 1
+    row = measure(str(tmp_path / "saved"), str(folder / "bert.parquet"), triggers=["badnets"], device="cpu").rows[0]
+    assert seen["found"]["eval_asr"] == row.asr["badnets"].value
+    assert seen["found"]["eval_ra"] == row.robust_accuracy["badnets"].value
 
 
 @pytest.mark.slow
