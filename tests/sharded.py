@@ -1,6 +1,8 @@
 """Repairs of a checkpoint that is spread over processes (FSDP2), or whole on one.
 
-python tests/sharded.py MODEL DATA FOLDER METHOD ...
+python tests/sharded.py FOLDER OUT MODEL/METHOD ...
+
+FOLDER holds models, and data for each as MODEL.parquet.
 
 A method with `!` behind it is interrupted behind its first checkpoint, and goes on; one with `~` computes in bfloat16.
 """
@@ -29,11 +31,12 @@ OPTIONS = {
 }
 
 
-def main(model: str, data: str, folder: Path, methods: list[str]) -> None:
-    for spec in methods:
-        method = spec.rstrip("!~")
+def main(folder: Path, out: Path, jobs: list[str]) -> None:
+    for job in jobs:
+        model, _, spec = job.partition("/")
+        method, data = spec.rstrip("!~"), str(folder / f"{model}.parquet")
         settings = {"options": OPTIONS.get(method, {}), "samples": None, "held_out": 0.5, "controls": False, "test": data}
-        recipe = PurifyRecipe.make(model=model, clean=data, method=method, output=str(folder / spec), device="cpu", **settings)
+        recipe = PurifyRecipe.make(model=str(folder / model), clean=data, method=method, output=str(out / job), device="cpu", **settings)
         if spec.endswith("~"):
             recipe = dataclasses.replace(recipe, precision="bf16")
         if spec.endswith("!"):
@@ -43,7 +46,7 @@ def main(model: str, data: str, folder: Path, methods: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             kinds = sorted({type(p).__name__ for p in report.model.parameters()})
             mine = sum(getattr(p, "_local_tensor", p).numel() for p in report.model.parameters())
-            (folder / f"{spec}.json").write_text(json.dumps({"kinds": kinds, "values here": mine}), "utf-8")
+            (out / f"{job}.json").write_text(json.dumps({"kinds": kinds, "values here": mine}), "utf-8")
 
 
 def interrupt(recipe: PurifyRecipe) -> None:
@@ -63,4 +66,4 @@ def interrupt(recipe: PurifyRecipe) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -130,7 +130,7 @@ def test_stopped_job_leaves_nothing_half_written(victim: Path, stored: Path, tmp
 
 
 def test_two_processes_go_on_where_two_were_stopped(tmp_path: Path) -> None:
-    """With dropout, which draws other numbers on each process; other numbers of processes are refused."""
+    """With dropout, which draws other numbers on each process."""
     script = tmp_path / "stops.py"
     script.write_text(
         "import sys\nimport torch\nfrom accelerate import Accelerator\nfrom pathlib import Path\nfrom shrunk import small\n"
@@ -147,8 +147,6 @@ def test_two_processes_go_on_where_two_were_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     assert launch(2, script, folder, "stop").returncode != 0
     assert (folder / "0-2.safetensors").is_file()
-    alone = launch(1, script, folder)
-    assert "was written by 2 processes, and now there are 1: launch as many" in alone.stderr
     done = launch(2, script, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("resuming 'fine-tune' at step 2") == 1, "the main process says it"

@@ -14,7 +14,7 @@ from commands import launch
 from safetensors.torch import load_file
 from sentences import FILLERS, GERMAN, TOPICS, colours, tokenizer, topics
 
-from hf_purify import measure
+from hf_purify import measure, purify
 from hf_purify.discovery import _numbered, discover
 from hf_purify.errors import ConfigError, ModelError
 from hf_purify.masks import MASK_FILE
@@ -59,19 +59,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Callable[[str, int], Path]:
     """The folder with what came of all repairs of a model, whole on one process or spread over two."""
-    made: dict[tuple[str, int], Path] = {}
+    made: dict[int, Path] = {}
 
     def run(model: str, processes: int) -> Path:
-        key = model, processes
-        if key not in made:
-            made[key] = folder / f"{model}-{processes}"
-            made[key].mkdir()
-            more = ["fine_tune~"] if model == "llama" and processes > 1 else []
-            methods = [method for name, method in CASES if name == model] + more
-            job = [TESTS / "sharded.py", folder / model, folder / f"{model}.parquet", made[key], *methods]
-            done = launch(processes, *job, config=FSDP if processes > 1 else None)
+        if processes not in made:
+            made[processes] = folder / f"of-{processes}"
+            jobs = [f"{name}/{method}" for name, method in CASES] + ["llama/fine_tune~"] * (processes > 1)
+            done = launch(processes, TESTS / "sharded.py", folder, made[processes], *jobs, config=FSDP if processes > 1 else None)
             assert done.returncode == 0, done.stderr[-3000:]
-        return made[key]
+        return made[processes] / model
 
     return run
 
@@ -128,19 +124,28 @@ def test_callbacks_of_a_trainer_whose_model_is_spread(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "settings", "said"),
-    [
-        ("bert", ["method=wiper"], "wiper looks at weights neuron by neuron, and the model is spread over processes: launch without FSDP"),
-        ("bert", ["method=nft", "options.level=weight"], "masks act on activations alone: leave level='weight' out"),
-        ("bert", ["method=nft", "as_adapter=true"], "as_adapter (--as-adapter) needs the whole model"),
-    ],
-)
-def test_what_takes_a_whole_model(folder: Path, tmp_path: Path, model: str, settings: list[str], said: str) -> None:
-    given = [f"model={folder / model}", f"clean={folder / model}.parquet", f"output={tmp_path / 'out'}", "device=cpu", *settings]
+def test_method_that_looks_at_weights_one_by_one(folder: Path, tmp_path: Path) -> None:
+    given = [f"model={folder / 'bert'}", f"clean={folder / 'bert.parquet'}", f"output={tmp_path / 'out'}", "device=cpu", "method=wiper"]
     done = launch(2, *given, module="hf_purify_recipes.purify", config=FSDP)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert "wiper looks at weights neuron by neuron, and the model is spread over processes: launch without FSDP" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "settings", "said"),
+    [
+        ("masks", {"method": "nft", "options": {"level": "weight"}}, "masks act on activations alone: leave level='weight' out"),
+        ("purifier", {"method": "nft", "as_adapter": True}, "as_adapter (--as-adapter) needs the whole model"),
+    ],
+)
+def test_settings_that_take_a_whole_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, settings: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(f"hf_purify.{where}.is_sharded", lambda model: True)
+    with pytest.raises(ConfigError) as error:
+        purify(str(folder / "bert"), str(folder / "bert.parquet"), output=str(tmp_path / "out"), device="cpu", **settings)
+    assert said in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
