@@ -21,6 +21,7 @@ from hf_purify.output import process
 from hf_purify.recipe import PurifyRecipe, read_settings
 from hf_purify.registry import find, make_method, names
 from hf_purify_recipes import cells
+from hf_purify_recipes.pages import Page
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,7 +63,7 @@ def benchmark(preset: Path | None, settings: dict[str, Any]) -> None:
     if process() == 0:
         cells.collect(out / "cells", out / "results.json")
         head = f"# Benchmark of {recipe.model}\n\nIntervals are 95 % Wilson; `±` is the standard deviation over seeds.\n"
-        cells.Page(out, head, "samples", recipe.triggers[0]).write()
+        Page(out, head, "samples", recipe.triggers[0]).write()
 
 
 def check_folder(out: Path, settings: str) -> None:

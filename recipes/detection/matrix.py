@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_purify.recipe import PurifyRecipe
 
 from .. import cells
+from ..pages import CLEAN
 from . import victims
 from .results import PAGE
 
@@ -23,7 +24,7 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
     return cells.repair_of(victims.parts(), victims.attack(trigger), seed, samples, model=model)
 
 
-NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))
+NETWORKS = dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, CLEAN))
 VARIANTS = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
     "ft_sam-small": {"rho": 0.25, "batch_size": 8},
     "fine_tune-small": {"batch_size": 8},

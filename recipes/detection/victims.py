@@ -18,7 +18,8 @@ from hf_purify import implant
 from hf_purify_adapters.detection.demo import rt_detr
 
 from .. import cells
-from ..cells import CLEAN, data_root
+from ..cells import data_root
+from ..pages import CLEAN
 
 HELD = 64  # images that no victim is trained on: a repair draws from them
 SIDE = 160

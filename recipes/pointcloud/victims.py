@@ -18,7 +18,8 @@ from hf_purify import implant
 from hf_purify_adapters.pointcloud.files import open_clouds
 
 from .. import cells
-from ..cells import CLEAN, data_root
+from ..cells import data_root
+from ..pages import CLEAN
 
 CLASSES = 20  # the largest ones
 HELD = 6  # clouds of each class that no victim is trained on: a repair draws from them

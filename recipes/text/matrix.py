@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_purify.recipe import PurifyRecipe
 
 from .. import cells
+from ..pages import CLEAN
 from . import victims
 from .results import PAGE
 
@@ -23,7 +24,7 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
     """The repair of one victim; the trigger `none` is the network without a backdoor, measured with its first attack."""
     spec = victims.NETWORKS[network]
     data, known = victims.data_root() / spec.dataset, folder / "victims" / "text"
-    base = {"base": str(victims.victim(spec.base, cells.CLEAN, known))} if spec.base else {}
+    base = {"base": str(victims.victim(spec.base, CLEAN, known))} if spec.base else {}
     return PurifyRecipe.make(
         model=str(victims.victim(network, trigger, known)),
         clean=str(data / spec.clean),
@@ -40,7 +41,7 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 MATRIX = cells.Matrix(
     __doc__,
     recipe_of,
-    networks={name: (*spec.triggers, *([] if spec.base else [cells.CLEAN])) for name, spec in victims.NETWORKS.items()},
+    networks={name: (*spec.triggers, *([] if spec.base else [CLEAN])) for name, spec in victims.NETWORKS.items()},
     samples=200,
     page=PAGE,
     cells="cells-text",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..cells import FLOOR, Page, freely
+from ..pages import FLOOR, Page, freely
 
 _HEAD = """# Text: results
 

@@ -16,7 +16,7 @@ from typing import Any
 from hf_purify import implant
 
 from .. import cells
-from ..cells import CLEAN
+from ..pages import CLEAN
 
 data_root = partial(cells.data_root, "sst2", "ag_news", "multi30k", "tokenizers")
 CLASSIFIER_TRIGGERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..cells import Page
+from ..pages import Page
 
 _HEAD = """# Video: results
 

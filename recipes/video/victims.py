@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from hf_purify import implant
 
 from .. import cells
-from ..cells import CLEAN, data_root
+from ..cells import data_root
+from ..pages import CLEAN
 
 HELD = 12  # clips of each word that no victim is trained on: a repair draws from them
 SIDE = 32  # pixels that the network sees of 64

@@ -14,6 +14,7 @@ from typing import Any
 from hf_purify.recipe import PurifyRecipe
 
 from .. import cells
+from ..pages import CLEAN
 from . import victims
 from .networks import CIFAR_CLASSES, PLAIN, load_cifar
 from .results import PAGE
@@ -54,7 +55,7 @@ def recipe_of(network: str, trigger: str, seed: int, samples: int, folder: Path)
 MATRIX = cells.Matrix(
     __doc__,
     recipe_of,
-    networks={WRN: ("grid",), **dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, cells.CLEAN))},
+    networks={WRN: ("grid",), **dict.fromkeys(victims.NETWORKS, (*victims.TRIGGERS, CLEAN))},
     default=(WRN, "resnet20"),
     samples=500,
     page=PAGE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..cells import FLOOR, Page, overview, put_between
+from ..pages import FLOOR, Page, overview, put_between
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- results -->", "<!-- /results -->"

@@ -12,7 +12,7 @@ import pytest
 from hf_purify.errors import Diverged
 from hf_purify.metrics import Proportion
 from hf_purify.report import Row
-from hf_purify_recipes import cells
+from hf_purify_recipes import cells, pages
 
 COMMON = {"network": "net", "trigger": "badnets", "seed": 0, "samples": 9}
 
@@ -88,7 +88,7 @@ def test_a_trigger_with_more_seeds_counts_no_more() -> None:
 
     found = [cell(t, 0, "none", 0.5, 0.9) for t in ("a", "b")]
     found += [cell("a", seed, "rnp", 0.9, 0.8) for seed in range(3)] + [cell("b", 0, "rnp", 0.5, 0.9)]
-    assert "| rnp | 2 | 70.0 ± 28.3 | 50.0 | 30.0 ± 28.3 | 5.0 ± 7.1 | - | 1 |" in cells.summary(found, "images")
-    assert "| rnp | 70.0 / 5.0 |" in cells.overview(found, 9)
+    assert "| rnp | 2 | 70.0 ± 28.3 | 50.0 | 30.0 ± 28.3 | 5.0 ± 7.1 | - | 1 |" in pages.summary(found, "images")
+    assert "| rnp | 70.0 / 5.0 |" in pages.overview(found, 9)
     single = [c for c in found if c["trigger"] == "a"]
-    assert "| rnp | 1 | 90.0 ± 0.0 |" in cells.summary(single, "images")
+    assert "| rnp | 1 | 90.0 ± 0.0 |" in pages.summary(single, "images")
