@@ -182,11 +182,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         UnknownName, MissingExtra: a tracker is not there.
         ConfigError: the device is not there, or the caller's own `Accelerator` has another one or another precision.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise ConfigError(
-            "accelerate was launched with DeepSpeed, which takes a model and one optimizer together; a repair has several, of masks among others: "
-            "launch with recipes/accelerate/fsdp2.yaml, which spreads a model as ZeRO-3 does"
-        )
+    instead = take_zero3()
     if recipe.device not in (None, "cpu") and not torch.cuda.is_available() and str(recipe.device).startswith("cuda"):
         raise ConfigError(f"device '{recipe.device}' was asked for, but no CUDA device is available")
     # accelerate has no public way to start over within a process; its own tests use this one
@@ -204,7 +200,29 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         ) from error
     if not theirs:
         accelerator.state.made_by_hf_purify = True
+    if instead:
+        log.warning("accelerate was launched with DeepSpeed's ZeRO-3: the model is spread by FSDP2 instead, in the same shares")
     return accelerator
+
+
+def take_zero3() -> bool:
+    """Take a launch with DeepSpeed's ZeRO-3 as the wish to spread the model; True where it was one.
+
+    DeepSpeed's engine takes a model with one optimizer, and a repair has several, of masks among others.
+
+    Raises:
+        ConfigError: another stage, which spreads no model.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return False
+    if (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")) != "3":
+        raise ConfigError(
+            f"accelerate was launched with DeepSpeed, stage {stage}, whose engine takes a model with one optimizer, and a repair has several: launch "
+            "with recipes/accelerate/ddp.yaml, or with fsdp2.yaml to spread the model"
+        )
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    return True
 
 
 def load(recipe: Recipe) -> tuple[Adapter, Loaded]:

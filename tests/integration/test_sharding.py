@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from commands import launch
 from safetensors.torch import load_file
 from sentences import FILLERS, GERMAN, TOPICS, colours, tokenizer, topics
@@ -163,9 +165,23 @@ def test_models_that_are_not_spread_as_they_are_loaded(folder: Path, monkeypatch
         open_session(MeasureRecipe.make(model=str(tmp_path), test="none", device="cpu"))
 
 
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_zero3_is_taken_for_fsdp2(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch` tells its processes of such a config; it would not start without DeepSpeed's package."""
+    config = load_config_from_file(str(FSDP.with_name("zero3.yaml")))
+    assert config.distributed_type == DistributedType.DEEPSPEED
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"launch with recipes/accelerate/fsdp2.yaml, which spreads a model as ZeRO-3 does"):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(config.deepspeed_config["zero_stage"]))
+    done = launch(2, TESTS / "sharded.py", folder, tmp_path, "bert/random_mask")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "bert" / "random_mask.json").read_text("utf-8"))["kinds"] == ["DTensor"]
+    assert done.stderr.count("the model is spread by FSDP2 instead, in the same shares") == 1
+
+
+def test_other_stages_of_deepspeed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(ConfigError, match="launched with DeepSpeed, stage 2, whose engine takes a model with one optimizer"):
         make_accelerator(MeasureRecipe.make(model="m", test="t", device="cpu"))
 
 
