@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-EVERY = 4
+EVERY = 2
 
 
 def settings(victim: str, data: str, out: Path) -> list[str]:
@@ -74,9 +74,9 @@ def main(victim: str, data: str, folder: Path, kills: int) -> None:
                 child(settings(victim, data, out), log)
             if out.name == "killed" and killed < kills:
                 if killed % 5:  # most of them in the midst of a training; the others anywhere
-                    while len(steps(log)) == len(before) and os.waitid(os.P_PID, job, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    while len(steps(log)) <= len(before) + EVERY and os.waitid(os.P_PID, job, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                         time.sleep(0.01)
-                time.sleep(draw.uniform(0.0, 0.25))
+                time.sleep(draw.uniform(0.0, 0.15))
                 os.kill(job, draw.choice([signal.SIGKILL, signal.SIGTERM]))
                 killed += 1
             _, status = os.waitpid(job, 0)
