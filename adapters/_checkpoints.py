@@ -133,9 +133,8 @@ def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:
     layers = [re.sub(r"\.\d+(?=\.|$)", ".*", n) for n, m in bare.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"'{source}' has no layers that can be spread over processes (FSDP): launch without it")
-    halved = (
-        bool(AcceleratorState._shared_state) and AcceleratorState().mixed_precision == "bf16"
-    )  # else autocast would keep a copy of each layer
+    # autocast would keep a copy of each layer
+    halved = bool(AcceleratorState._shared_state) and AcceleratorState().mixed_precision == "bf16"
     return DistributedConfig(fsdp_size=processes, fsdp_plan=dict.fromkeys(layers, "free_full_weight"), fsdp_mixed_precision=halved)
 
 

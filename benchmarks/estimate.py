@@ -32,7 +32,7 @@ from hf_purify.checkpointing import recomputed
 from hf_purify.estimate import Plan, estimate_config
 from hf_purify.loop import TrainConfig
 from hf_purify.masks import masked
-from hf_purify.method import Context, Stage
+from hf_purify.method import Context, Training
 from hf_purify.registry import find, make_method
 from hf_purify.task import mode, movable
 
@@ -98,20 +98,20 @@ def bytes_of(tensors: Any) -> int:
     return sum(storages(tensors).values())
 
 
-def kept_bytes(ctx: Context, stage: Stage, batch: Batch, again: bool) -> int:
+def kept_bytes(ctx: Context, training: Training, batch: Batch, again: bool) -> int:
     """What one forward pass leaves behind, its inputs included."""
     learned = list(movable(ctx.model).values())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mode(ctx.model, stage.train.mode))
+        stack.enter_context(mode(ctx.model, training.train.mode))
         for p in learned:
-            p.requires_grad_(stage.mask is None)
-        if stage.mask is not None:
-            stack.enter_context(masked(ctx.model, stage.mask, nn.Parameter(torch.ones(len(stage.mask))), stage.level))
+            p.requires_grad_(training.mask is None)
+        if training.mask is not None:
+            stack.enter_context(masked(ctx.model, training.mask, nn.Parameter(torch.ones(len(training.mask))), training.level))
         stack.enter_context(recomputed(ctx.model) if again else contextlib.nullcontext())
 
         def forward() -> Tensor:
             given = {k: v.clone() for k, v in batch.items()}
-            if stage.train.mixup:
+            if training.train.mixup:
                 given = ctx.adapter.mix(given, torch.arange(len(given["labels"])).roll(1), torch.tensor(0.5))
             with ctx.accelerator.autocast():
                 return ctx.adapter.loss(ctx.model, given).mean()
@@ -149,14 +149,14 @@ def compare(method: str, stored: str, precision: str, again: bool) -> dict[str, 
         options = {"steps": 2} if method == "nft" else {"epochs": 1}
         built = make_method(method, batch_size=samples, **options)
         ctx = Context(model, adapter, data, torch.Generator().manual_seed(0), accelerator, index=index, classes=2, recompute=again)  # type: ignore[arg-type]
-        stage = built.plan(ctx)
-        kept = kept_bytes(ctx, stage, outline.batch(samples), again)
-        learned = list(movable(model).values()) if stage.mask is None else [nn.Parameter(torch.ones(len(stage.mask)))]
-        gradients, optimizer = state_bytes(learned, stage.train)
+        training = built.plan(ctx)
+        kept = kept_bytes(ctx, training, outline.batch(samples), again)
+        learned = list(movable(model).values()) if training.mask is None else [nn.Parameter(torch.ones(len(training.mask)))]
+        gradients, optimizer = state_bytes(learned, training.train)
         weights = bytes_of([*model.parameters(), *model.buffers()])
         total = weights + peak(lambda: built(ctx))
     measured = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "kept": kept, "total": total}
-    mask = 0 if stage.mask is None else 4 * len(stage.mask)  # not among the weights that are measured
+    mask = 0 if training.mask is None else 4 * len(training.mask)  # not among the weights that are measured
     cast = 0 if again else memory.gathered  # the graph keeps weights as autocast has made them; of layers that run again it keeps none
     host = weights  # on a CPU, the host's copy that a method puts back when it fails is in the same memory
     expected = dataclasses.asdict(memory) | {"weights": memory.weights - mask, "kept": memory.kept + cast, "total": memory.total + host}
@@ -185,19 +185,19 @@ def sharded(method: str, folder: Path) -> dict[str, Any]:
     outline.loaded.model = model
     index = adapter.index(outline.loaded, outline.batch(2))
     ctx = Context(model, adapter, None, torch.Generator(), None, index=index)  # type: ignore[arg-type]
-    stage = make_method(method).plan(ctx)
-    model.requires_grad_(stage.mask is None)
+    training = make_method(method).plan(ctx)
+    model.requires_grad_(training.mask is None)
     with contextlib.ExitStack() as stack:
         learned = list(model.parameters())
-        stack.enter_context(mode(model, stage.train.mode))
+        stack.enter_context(mode(model, training.train.mode))
         weights = local_bytes(learned)
-        if stage.mask is not None:
-            learned = [stack.enter_context(masked(model, stage.mask, nn.Parameter(torch.ones(len(stage.mask)))))]  # type: ignore[list-item]
-        optimizer = torch.optim.SGD(learned, lr=0.0, momentum=stage.train.momentum)
+        if training.mask is not None:
+            learned = [stack.enter_context(masked(model, training.mask, nn.Parameter(torch.ones(len(training.mask)))))]  # type: ignore[list-item]
+        optimizer = torch.optim.SGD(learned, lr=0.0, momentum=training.train.momentum)
 
         def backward() -> None:
             batch = outline.batch(2)
-            if stage.train.mixup:
+            if training.train.mixup:
                 batch = adapter.mix(batch, torch.arange(2).roll(1), torch.tensor(0.5))
             adapter.loss(model, batch).mean().backward()
 

@@ -1,13 +1,6 @@
 """What a repair takes, before anything is downloaded: memory by process under FSDP2, operations, and time.
 
-    total      = weights + gathered + gradients + optimizer + activations
-    weights    = (parameters / P) * bytes, each parameter's first axis rounded up to a share of P; buffers and the mask whole
-    gathered   = what stays whole, and two layers: the one that runs and the one that is fetched; twice that with weight gradients
-    gradients  = parameters / P * bytes where weights are learned; 4 bytes a neuron where a mask is
-    optimizer  = that many bytes with momentum, twice that and 4 bytes a tensor with AdamW
-    activations: counted, on the meta device, operation by operation, for the samples that a process runs (`rehearsal`)
-
-A frozen network has no gradient and no optimizer state of its weights: that is what a mask saves.
+`memory` has the formula, and `rehearsal` counts activations and operations on the meta device.
 """
 
 from __future__ import annotations
@@ -26,12 +19,13 @@ from hf_purify.adapter import Adapter, Outline
 from hf_purify.checkpointing import check_layers
 from hf_purify.errors import ConfigError, ModelError, unknown
 from hf_purify.hub import pull_config
-from hf_purify.loop import TrainConfig, steps_of
-from hf_purify.method import Context, Stage
-from hf_purify.neurons import NeuronGroup, NeuronIndex, get_tensor
+from hf_purify.loop import steps_of
+from hf_purify.memory import Memory, memory_of
+from hf_purify.method import Context, Training
+from hf_purify.neurons import NeuronIndex
 from hf_purify.registry import find, make_method, names
 from hf_purify.rehearsal import META, Cost, between, rehearse
-from hf_purify.task import movable
+from hf_purify.twins import narrow, widened
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRACED = 250_000_000  # parameters of a network that is built with random weights to find its neurons; a larger one is made narrow
@@ -95,30 +89,6 @@ def read_counts(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on the device of each process.
-
-    Args:
-        weights: its share of the weights; buffers and the mask whole.
-        gathered: layers that are whole for a while; on one process, copies of weights in the dtype that is computed in.
-        gradients, optimizer: of what is learned.
-        kept: activations that the forward pass leaves for the backward pass.
-        passing: the most that a step holds for a moment beside them.
-    """
-
-    weights: int
-    gathered: int
-    gradients: int
-    optimizer: int
-    kept: int
-    passing: int
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.asdict(self).values())
-
-
-@dataclass(frozen=True)
 class Row:
     """One number of processes, with layers run again in the backward pass or not.
 
@@ -138,7 +108,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a repair takes; see the top of the module for the formula.
+    """What a repair takes; see `memory` for the formula.
 
     Args:
         parameters: of the network.
@@ -199,18 +169,18 @@ def estimate_config(config: Mapping[str, Any], plan: Plan, name: str = "", revis
     network, computed = outline.loaded.model, PRECISIONS[plan.precision] or outline.dtype
     network.to(computed)
     index = find_neurons(adapter, config, network)
-    stage = method.plan(Context(network, adapter, None, torch.Generator(), None, index=index))  # type: ignore[arg-type]
+    training = method.plan(Context(network, adapter, None, torch.Generator(), None, index=index))  # type: ignore[arg-type]
     seen = max(1, plan.samples - round(HELD_OUT * plan.samples))
-    train = dataclasses.replace(stage.train, batch_size=plan.batch_size or stage.train.batch_size)
+    train = dataclasses.replace(training.train, batch_size=plan.batch_size or training.train.batch_size)
     train = dataclasses.replace(train, batch_size=train.batch_size if train.replacement else min(train.batch_size, seen))
-    stage, steps = dataclasses.replace(stage, train=train), plan.steps or steps_of(seen, train)
-    shares = {p: samples_of(adapter, outline, stage, p) for p in plan.processes}
+    training, steps = dataclasses.replace(training, train=train), plan.steps or steps_of(seen, train)
+    shares = {p: samples_of(adapter, outline, training, p) for p in plan.processes}
     rows: list[Row] = []
-    cost: Callable[[int, bool], Cost] = _costs(adapter, outline, stage, [train.batch_size, *shares.values()])
+    cost: Callable[[int, bool], Cost] = _costs(adapter, outline, training, [train.batch_size, *shares.values()])
     for processes, samples in shares.items():
         for again in (False, True) if _layered(network) else (False,):
             found = cost(samples, again)
-            memory = memory_of(network, outline.dtype, computed, stage, processes, found)
+            memory = memory_of(network, outline.dtype, computed, training, processes, found)
             flops = found.forward + found.backward
             rows.append(Row(processes, again, samples, memory, flops, flops * steps / plan.tflops / 1e12 if plan.tflops else None))
     whole = cost(train.batch_size, False)
@@ -220,7 +190,7 @@ def estimate_config(config: Mapping[str, Any], plan: Plan, name: str = "", revis
         type(network).__name__,
         plan,
         sum(p.numel() for p in network.parameters()),
-        len(stage.mask or ()),
+        len(training.mask or ()),
         str(outline.dtype).removeprefix("torch."),
         outline.sample,
         train.batch_size,
@@ -251,92 +221,29 @@ def _layered(network: nn.Module) -> bool:
     return True
 
 
-def samples_of(adapter: Adapter, outline: Outline, stage: Stage, processes: int) -> int:
+def samples_of(adapter: Adapter, outline: Outline, training: Training, processes: int) -> int:
     """Samples that a process runs: its rows of the batch; where samples are mixed inside the network, at most as many partners; all of a batch that is
     smaller than there are processes.
     """
-    size = stage.train.batch_size
+    size = training.train.batch_size
     if size < processes:
         return size
     rows = math.ceil(size / processes)
-    if processes > 1 and stage.train.mixup:
+    if processes > 1 and training.train.mixup:
         mixed = adapter.mix({k: v[:0] for k, v in outline.batch(1).items()}, torch.arange(0), torch.tensor(0.5))
         return min(size, 2 * rows) if "partner" in mixed else rows
     return rows
 
 
-def _costs(adapter: Adapter, outline: Outline, stage: Stage, sizes: Iterable[int]) -> Callable[[int, bool], Cost]:
+def _costs(adapter: Adapter, outline: Outline, training: Training, sizes: Iterable[int]) -> Callable[[int, bool], Cost]:
     """Costs by samples and checkpointing: counted for the fewest and the most samples, and in between on the line that joins them."""
     low, high = min(sizes := list(sizes)), max(sizes)
 
     @functools.cache
     def at(samples: int, again: bool) -> Cost:
-        return rehearse(adapter, outline.loaded.model, outline.batch, stage, samples, again)
+        return rehearse(adapter, outline.loaded.model, outline.batch, training, samples, again)
 
     return lambda samples, again: between(at(low, again), at(high, again), samples)
-
-
-def memory_of(network: nn.Module, stored: torch.dtype, computed: torch.dtype, stage: Stage, processes: int, cost: Cost) -> Memory:
-    """Bytes of each process; see the top of the module.
-
-    Args:
-        network: on the meta device.
-        stored: dtype of the checkpoint's weights.
-        computed: dtype of what a layer works with.
-    """
-    learned, train, alone = stage.mask is None, stage.train, processes == 1
-    params = list(network.parameters())
-    share = sum(_shard(p, processes) for p in params) * stored.itemsize
-    weights = share + sum(b.numel() * b.element_size() for b in network.buffers())
-    moved = {id(p): p for p in movable(network).values()} if learned else {}
-    gradients = sum(_shard(p, processes) for p in moved.values()) * stored.itemsize if learned else 4 * len(stage.mask or ())
-    tensors = len(moved) or 1
-    optimizer = 2 * gradients + 4 * tensors if train.optimizer == "adamw" else gradients * (train.momentum > 0)
-    return Memory(
-        weights + (0 if learned else gradients),  # a mask is as large as its gradient
-        _cast(network, stored, computed) if alone else _gathered(network, learned) * computed.itemsize,
-        gradients,
-        optimizer,
-        cost.kept,
-        max(cost.peak, _stepping(train, gradients)) - cost.kept,
-    )
-
-
-def _shard(parameter: nn.Parameter, processes: int) -> int:
-    """Values of a parameter that a process holds: FSDP2 cuts the first axis, and all shares are as large as the largest."""
-    rows = parameter.shape[0] if parameter.dim() else 1
-    return math.ceil(rows / processes) * (parameter.numel() // max(1, rows))
-
-
-def _stepping(train: TrainConfig, gradients: int) -> int:
-    """Bytes that the optimizer's step takes, when activations are gone: decayed gradients are copies."""
-    return gradients if train.weight_decay and train.optimizer == "sgd" else 0
-
-
-def _cast(network: nn.Module, stored: torch.dtype, computed: torch.dtype) -> int:
-    """Bytes of the weights of layers in the dtype of autocast, which the graph keeps; none where they have it."""
-    if stored == computed:
-        return 0
-    tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for p in network.parameters() if p.dim() > 1 and id(p) not in tables) * computed.itemsize
-
-
-def _gathered(network: Any, learned: bool) -> int:
-    """Values of weights that are whole at once, at most, where transformers spreads a network (FSDP2).
-
-    Layers and the embedding come and go, and the next one is fetched while one runs; what is in no layer (the head, the last norm) is
-    counted as if it were there all the time. Gradients of a layer are whole too, and once more while they are sent.
-    """
-    split = set(getattr(network, "_no_split_modules", None) or ())
-    units = [m for m in network.modules() if type(m).__name__ in split]
-    table = network.get_input_embeddings() if hasattr(network, "get_input_embeddings") else None
-    head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
-    if isinstance(table, nn.Module) and getattr(table, "weight", None) is not getattr(head, "weight", None):
-        units.append(table)
-    sizes = [sum(p.numel() for p in u.parameters()) for u in units]
-    inside = {id(p) for u in units for p in u.parameters()}
-    rest = sum(p.numel() for p in network.parameters() if id(p) not in inside)
-    return rest + sum(sorted(sizes)[-2:]) * (2 if learned else 1)
 
 
 def find_neurons(adapter: Adapter, config: Mapping[str, Any], network: nn.Module) -> NeuronIndex:
@@ -353,41 +260,8 @@ def find_neurons(adapter: Adapter, config: Mapping[str, Any], network: nn.Module
         with torch.random.fork_rng(devices=[]):
             made = adapter.outline(narrow(config) if wide else config, TOKENS if "max_length" in adapter.settings else None)
             index = adapter.index(made.loaded, made.batch(2))
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except RuntimeError as error:
         raise ModelError(
             f"the neurons of {type(network).__name__} cannot be found without its weights: {str(error).splitlines()[0]}"
         ) from error
-    return NeuronIndex(tuple(_widened(g, network) for g in index)) if wide else index
-
-
-def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a network with the same layers and few channels: heads are shared out among keys and values as they were.
-
-    Raises:
-        ModelError: the config has no heads and no width.
-    """
-    from transformers import CONFIG_MAPPING
-
-    parsed: Any = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    heads, width = (getattr(parsed, n, None) for n in ("num_attention_heads", "hidden_size"))
-    if not isinstance(heads, int) or not isinstance(width, int):
-        raise ModelError(
-            f"a model of type '{parsed.model_type}' with so many parameters cannot be estimated: its config has no hidden_size and heads"
-        )
-    groups = getattr(parsed, "num_key_value_heads", None) or heads
-    few = {"num_key_value_heads": min(2, groups), "num_attention_heads": 2 if groups in (1, heads) else 4, "head_dim": 8}
-    inner = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
-    few |= dict.fromkeys(inner, 72) | {"d_kv": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    few |= dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 8 * few["num_attention_heads"])
-    changed = {n: v for n, v in few.items() if getattr(parsed, n, None) is not None}
-    own = getattr(parsed, "attribute_map", {})
-    return {**parsed.to_dict(), **{own.get(n, n): v for n, v in changed.items()}, "architectures": config.get("architectures")}
-
-
-def _widened(group: NeuronGroup, network: nn.Module) -> NeuronGroup:
-    """A group of the narrow network in the wide one: of what it owns only the gate and its bias are told."""
-    gate = group.gate
-    if gate.start or gate.width > 1:
-        raise ModelError(f"the neurons of '{group.name}' share a parameter with others, and cannot be counted without the model's weights")
-    kept = (gate, *([group.bias] if group.bias else []))
-    return dataclasses.replace(group, size=get_tensor(network, gate.param).shape[gate.axis], params=kept)
+    return NeuronIndex(tuple(widened(g, network) for g in index)) if wide else index

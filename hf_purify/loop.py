@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 
 from hf_purify.adapter import Batch
 from hf_purify.errors import ConfigError, DataError, Diverged
-from hf_purify.resuming import Running, stage
+from hf_purify.resuming import stage
 from hf_purify.sharing import batch_statistics, part_of
+from hf_purify.states import Running
 from hf_purify.task import Task, fetch, mode
 from hf_purify.tracking import send_losses
 
@@ -264,9 +265,10 @@ def train(
 
 def _parts(task: Task, batch: Batch, mixup: bool) -> list[tuple[Batch, float]]:
     """A batch in as many parts as the task runs it in, each with its share of the samples, and mixed if asked."""
-    size, device = len(batch["labels"]), batch["labels"].device
-    rows = torch.arange(size, device=device).tensor_split(min(task.accumulate, size))
-    parts = [batch] if len(rows) == 1 else [part_of(batch, some) for some in rows]
+    size, parts = len(batch["labels"]), [batch]
+    if task.accumulate > 1:
+        rows = torch.arange(size, device=batch["labels"].device)
+        parts = [part_of(batch, some) for some in rows.tensor_split(min(task.accumulate, size))]
     return [(_mixed(task, part) if mixup else part, len(part["labels"]) / size) for part in parts]
 
 

@@ -72,7 +72,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Training:
     """One training of a method, as it is planned before there are data: what an estimate of memory and time is made from.
 
     Args:
@@ -178,7 +178,7 @@ class Method(ABC):
     def purify(self, ctx: Context) -> Verdict:
         """Repair `ctx.model`, or say by a mask how to; use clean data only."""
 
-    def plan(self, ctx: Context) -> Stage:
+    def plan(self, ctx: Context) -> Training:
         """The training that the method is, told before it runs; `ctx` has model and index, and no data.
 
         Raises:

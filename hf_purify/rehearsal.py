@@ -25,7 +25,7 @@ from hf_purify.adapter import Adapter, Batch
 from hf_purify.checkpointing import recomputed
 from hf_purify.errors import ModelError
 from hf_purify.masks import masked
-from hf_purify.method import Stage
+from hf_purify.method import Training
 from hf_purify.task import mode, movable
 
 aten = torch.ops.aten
@@ -49,8 +49,10 @@ class Cost:
     backward: int
 
 
-def rehearse(adapter: Adapter, model: nn.Module, batch: Callable[[int], Batch], stage: Stage, samples: int, again: bool = False) -> Cost:
-    """Run one step of a stage on the meta device and count.
+def rehearse(
+    adapter: Adapter, model: nn.Module, batch: Callable[[int], Batch], training: Training, samples: int, again: bool = False
+) -> Cost:
+    """Run one step of a training on the meta device and count.
 
     Gradients of weights are let go as soon as they are there, as FSDP2 does when it has sent them to their owners.
 
@@ -65,10 +67,10 @@ def rehearse(adapter: Adapter, model: nn.Module, batch: Callable[[int], Batch], 
     learned = list(movable(model).values())
     model.requires_grad_(False)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mode(model, stage.train.mode))
+        stack.enter_context(mode(model, training.train.mode))
         stack.enter_context(torch.enable_grad())
-        if stage.mask is not None:
-            stack.enter_context(masked(model, stage.mask, nn.Parameter(torch.ones(len(stage.mask), device=META)), stage.level))
+        if training.mask is not None:
+            stack.enter_context(masked(model, training.mask, nn.Parameter(torch.ones(len(training.mask), device=META)), training.level))
         else:
             stack.enter_context(_learning(learned))
         stack.enter_context(recomputed(model) if again else contextlib.nullcontext())
@@ -76,12 +78,12 @@ def rehearse(adapter: Adapter, model: nn.Module, batch: Callable[[int], Batch], 
         books = stack.enter_context(_Books([*model.parameters(), *model.buffers()]))
         try:
             given = batch(samples)
-            if stage.train.mixup:
+            if training.train.mixup:
                 given = adapter.mix(given, torch.arange(samples).roll(1), torch.tensor(0.5))
             loss = adapter.loss(model, given).mean()
             kept, forward = books.held, books.flops
             loss.backward()
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+        except RuntimeError as error:  # what torch raises where a tensor's values are asked for
             raise ModelError(
                 f"{type(model).__name__} does not run without values, and cannot be estimated: {str(error).splitlines()[0]}"
             ) from error

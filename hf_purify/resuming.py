@@ -18,34 +18,24 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from hf_purify.errors import OutputError
 from hf_purify.files import replace_text
-from hf_purify.sharding import like, local, whole
+from hf_purify.states import State
 
 FORMAT = "hf-purify-checkpoint/1"
 MANIFEST = "manifest.json"
 log = get_logger(__name__)  # which speaks on the main process alone
-
-
-@dataclass
-class State:
-    """What a training needs to go on, or what it left: tensors on the CPU, and values that JSON keeps exactly."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 class Stage:
@@ -90,7 +80,7 @@ class _Kept(Stage):
             self._write(None, state, True)
 
     def _write(self, step: int | None, state: Callable[[], State], ended: bool) -> None:
-        kept = state()  # on all processes: it gathers what they have apart
+        kept = state()  # on all processes: the main one gathers what they have apart
         kept.values["seconds"] = time.perf_counter() - self.began
         self.progress.write(kept, {"title": self.title, "step": step, "ended": ended})
 
@@ -273,107 +263,3 @@ def _read(file: Path) -> State:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types and values; of what is spread over processes, of this one's part."""
-    found = hashlib.sha256()
-    for name, value in tensors.items():
-        mine = local(value).cpu().contiguous()
-        found.update(f"{name} {mine.dtype} {tuple(mine.shape)}".encode())
-        found.update(mine.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def random_state(accelerator: Accelerator, generator: torch.Generator) -> dict[str, Tensor]:
-    """All generators: the job's, and torch's own on each process, `(processes, ...)`."""
-    own = {"cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    every = {f"random/{k}": accelerator.gather(v[None].to(accelerator.device)).cpu() for k, v in own.items()}
-    return every | {"generator": generator.get_state()}
-
-
-def put_random_state(accelerator: Accelerator, generator: torch.Generator, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `random_state`."""
-    generator.set_state(tensors["generator"])
-    torch.set_rng_state(tensors["random/cpu"][accelerator.process_index].clone())  # torch reads from the start of its storage
-    if accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"][accelerator.process_index].clone(), accelerator.device)
-
-
-def copies(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Whole copies on the CPU of tensors that lie anywhere, sharded or not, as `name/0`, `name/1`, ..."""
-    return {f"{name}/{i}": whole(t).to("cpu", copy=True) for i, t in enumerate(tensors)}
-
-
-@torch.no_grad()
-def put_copies(name: str, tensors: Sequence[Tensor], found: Mapping[str, Tensor]) -> None:
-    """The inverse of `copies`, in place."""
-    for i, target in enumerate(tensors):
-        target.copy_(like(target, found[f"{name}/{i}"]))
-
-
-class Running:
-    """A training with everything that a checkpoint keeps of it: what is trained, the optimizer, its schedule, all generators, and the data.
-
-    Args:
-        trained: parameters that move.
-        others: tensors that move with them: statistics of batch norms, and what callbacks change in place.
-        stream: of batches; its `pending` are those that were drawn already.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        generator: torch.Generator,
-        trained: Sequence[nn.Parameter],
-        others: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        stream: Any,
-    ) -> None:
-        self.accelerator, self.generator, self.trained, self.others = accelerator, generator, trained, others
-        self.optimizer, self.scheduler, self.stream = optimizer, scheduler, stream
-
-    def left(self, losses: Sequence[Tensor], steps: int) -> State:
-        """What stays of the training when it has ended."""
-        tensors = copies("trained", self.trained) | copies("others", self.others) | random_state(self.accelerator, self.generator)
-        return State(tensors | {"losses": torch.stack(list(losses)).float().cpu()}, {"steps": steps})
-
-    def state(self, losses: Sequence[Tensor], steps: int) -> State:
-        """What it needs to go on."""
-        found = self.left(losses, steps)
-        for i, p in enumerate(self.trained):
-            for key, value in self.optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor):
-                    found.tensors[f"optimizer/{i}/{key}"] = whole(value).to("cpu", copy=True)
-        waiting = self.stream.pending
-        found.tensors["pending"] = torch.cat([torch.zeros(0, dtype=torch.long), *waiting])
-        found.values |= {"pending": [len(w) for w in waiting], "lr": [g["lr"] for g in self.optimizer.param_groups]}
-        if self.accelerator.scaler is not None:
-            found.values["scaler"] = self.accelerator.scaler.state_dict()
-        return found
-
-    def put(self, state: State, ended: bool) -> tuple[list[Tensor], int]:
-        """Take up a state; gives the losses so far and the steps done."""
-        tensors, values = state.tensors, state.values
-        put_copies("trained", self.trained, tensors)
-        put_copies("others", self.others, tensors)
-        put_random_state(self.accelerator, self.generator, tensors)
-        losses = list(tensors["losses"].to(self.accelerator.device).unbind())
-        if ended:
-            return losses, values["steps"]
-        for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
-            if kind == "optimizer":
-                i, _, name = rest.partition("/")
-                p = self.trained[int(i)]
-                self.optimizer.state[p][name] = like(p, value) if value.dim() else value  # counts of steps stay on the CPU
-        for group, lr in zip(self.optimizer.param_groups, values["lr"], strict=True):
-            group["lr"] = lr
-        self.scheduler.last_epoch, self.scheduler._last_lr = values["steps"], values["lr"]
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(values["scaler"])
-        self.stream.pending = list(tensors["pending"].split(values["pending"]))
-        return losses, values["steps"]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_purify import resuming
+from hf_purify import states
 from hf_purify.adapter import Batch, StandIn
 from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, ParamSlice, get_tensor, owned, spread
-from hf_purify.resuming import State
+from hf_purify.resuming import stage
 from hf_purify.sharding import local, multiply_, total_norm
 from hf_purify.sharing import BATCH_NORM
 from hf_purify.task import Task, fetch, mode
@@ -84,19 +84,19 @@ def unlearn(
         predictions, labels, loss = predict()
         return float((predictions == labels).float().mean()), loss, predictions
 
-    def state() -> State:
+    def state() -> states.State:
         values = {"used": used, "lr": lr, "accuracy": accuracy, "loss": loss}
-        kept = resuming.copies("trained", params) | resuming.random_state(task.accelerator, task.generator)
-        return State(kept | {"predictions": predictions}, values)
+        kept = states.copies(task.accelerator, states.numbered("trained", params)) | states.random_state(task.accelerator, task.generator)
+        return states.State(kept | {"predictions": predictions}, values)
 
     cap = 8 * math.log(max(classes, 2))
     step = dataclasses.replace(config, steps=1, epochs=None, momentum=0.0, ascend=True, clip=1.0, mode="frozen_norm")
-    with resuming.stage(task.progress, "unlearn") as here:
+    with stage(task.progress, "unlearn") as here:
         if here.saved is None:
             accuracy, loss, predictions = read()
         else:
-            resuming.put_copies("trained", params, here.saved.tensors)
-            resuming.put_random_state(task.accelerator, task.generator, here.saved.tensors)
+            states.put_copies(states.numbered("trained", params), here.saved.tensors)
+            states.put_random_state(task.accelerator, task.generator, here.saved.tensors)
             used, lr, accuracy, loss = (here.saved.values[name] for name in ("used", "lr", "accuracy", "loss"))
             predictions = here.saved.tensors["predictions"]
         kept = copies()

@@ -21,8 +21,9 @@ from hf_purify.merged import merge
 from hf_purify.output import versions
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, names
-from hf_purify.resuming import Progress, fingerprint
+from hf_purify.resuming import Progress
 from hf_purify.sharding import class_name, is_sharded
+from hf_purify.states import fingerprint
 from hf_purify.streaming import Drawn, draw_rows, is_stream
 from hf_purify.tables import open_stream
 from hf_purify.task import Task, snapshot

@@ -1,7 +1,9 @@
-"""A small whole twin of a model that cannot be traced itself, since its parameters are spread over processes or hold no values.
+"""Small whole networks in which the neurons of one that cannot be traced are found: its parameters are spread over processes, or hold no values.
 
-The twin has the model's config with three layers: the first, one in the middle, and the last. What is found in it stands for the model's
-layers, after their parameters were held against the twin's, name by name and shape by shape.
+- A twin has three layers of full width: the first, one in the middle, and the last. What is found in it stands for the model's layers,
+  after their parameters were held against the twin's, name by name and shape by shape. Its groups are whole: a repair works on them.
+- A narrow network has all layers and few channels, and takes no memory to speak of. Its groups are given the sizes of the wide network's,
+  and own no more than what a mask scales: enough to count.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_purify.errors import ModelError
-from hf_purify.neurons import NeuronGroup, NeuronIndex
+from hf_purify.neurons import NeuronGroup, NeuronIndex, get_tensor
 
 LAYERS = 3
 
@@ -91,3 +93,36 @@ def _moved(group: NeuronGroup, source: str, name: str) -> NeuronGroup:
 
     params = tuple(p._replace(param=moved(p.param)) for p in group.params)
     return dataclasses.replace(group, name=moved(group.name), params=params, caller=group.caller and moved(group.caller))
+
+
+def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a network with the same layers and few channels: heads are shared out among keys and values as they were.
+
+    Raises:
+        ModelError: the config has no heads and no width.
+    """
+    from transformers import CONFIG_MAPPING
+
+    parsed: Any = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    heads, width = (getattr(parsed, n, None) for n in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise ModelError(
+            f"a model of type '{parsed.model_type}' with so many parameters cannot be estimated: its config has no hidden_size and heads"
+        )
+    groups = getattr(parsed, "num_key_value_heads", None) or heads
+    few = {"num_key_value_heads": min(2, groups), "num_attention_heads": 2 if groups in (1, heads) else 4, "head_dim": 8}
+    inner = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
+    few |= dict.fromkeys(inner, 72) | {"d_kv": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    few |= dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 8 * few["num_attention_heads"])
+    changed = {n: v for n, v in few.items() if getattr(parsed, n, None) is not None}
+    own = getattr(parsed, "attribute_map", {})
+    return {**parsed.to_dict(), **{own.get(n, n): v for n, v in changed.items()}, "architectures": config.get("architectures")}
+
+
+def widened(group: NeuronGroup, network: nn.Module) -> NeuronGroup:
+    """A group of the narrow network in the wide one: of what it owns only the gate and its bias are told."""
+    gate = group.gate
+    if gate.start or gate.width > 1:
+        raise ModelError(f"the neurons of '{group.name}' share a parameter with others, and cannot be counted without the model's weights")
+    kept = (gate, *([group.bias] if group.bias else []))
+    return dataclasses.replace(group, size=get_tensor(network, gate.param).shape[gate.axis], params=kept)

@@ -38,7 +38,7 @@ LAYERS = [
     {"neurons", "sharding"},
     {"metrics", "tracing", "twins"},
     {"adapter", "checkpointing", "discovery", "masks"},
-    {"resuming", "sharing", "tracking"},
+    {"resuming", "sharing", "states", "tracking"},
     {"salience", "task", "triggers"},
     {"loop"},
     {"routines"},

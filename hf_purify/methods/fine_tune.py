@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_purify.loop import TrainConfig
-from hf_purify.method import Context, Method, MethodConfig, Stage, Verdict
+from hf_purify.method import Context, Method, MethodConfig, Training, Verdict
 from hf_purify.routines import relearn
 
 
@@ -39,10 +39,10 @@ class FineTune(Method):
     trains = True
     control = True
 
-    def plan(self, ctx: Context) -> Stage:
+    def plan(self, ctx: Context) -> Training:
         config = self.config
         norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
-        return Stage(
+        return Training(
             TrainConfig(
                 epochs=config.epochs,
                 batch_size=config.batch_size,

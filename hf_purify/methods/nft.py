@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
-from hf_purify.method import Context, Method, MethodConfig, Stage, Verdict
+from hf_purify.method import Context, Method, MethodConfig, Training, Verdict
 from hf_purify.neurons import NeuronIndex
 from hf_purify.routines import tune_mask
 
@@ -68,7 +68,7 @@ class NFT(Method):
     config_class = NFTConfig
     config: NFTConfig
 
-    def plan(self, ctx: Context) -> Stage:
+    def plan(self, ctx: Context) -> Training:
         config = self.config
         index = ctx.neurons(config.granularity)
         norms = _norms(index)
@@ -85,20 +85,20 @@ class NFT(Method):
             mixup=True,
             mode="train" if norms and config.norms == "train" else "eval",
         )
-        return Stage(train, index, config.level)
+        return Training(train, index, config.level)
 
     def purify(self, ctx: Context) -> Verdict:
-        config, stage = self.config, self.plan(ctx)
-        index = stage.mask or ctx.index
+        config, training = self.config, self.plan(ctx)
+        index = training.mask or ctx.index
         floor = floors(index, config, _norms(index))
         per_class = max(1.0, len(ctx.data) / max(1, len(ctx.data.labels.unique())))
 
         def pull(mask: Tensor) -> Tensor:
             return config.eta / per_class * (1 - mask).abs().sum()
 
-        mask = tune_mask(ctx, index, stage.train, floor=floor, penalty=pull, level=stage.level, title="NFT").cpu()
+        mask = tune_mask(ctx, index, training.train, floor=floor, penalty=pull, level=training.level, title="NFT").cpu()
         whole = ctx.index.embed(index, mask)
-        notes = {"learning rate": stage.train.lr, "smallest mask": float(mask.min()), "masks under 0.5": int((mask < 0.5).sum())}
+        notes = {"learning rate": training.train.lr, "smallest mask": float(mask.min()), "masks under 0.5": int((mask < 0.5).sum())}
         return Verdict(scores=1 - whole, mask=whole, notes=notes)
 
 

@@ -28,6 +28,7 @@ class WiperConfig(MethodConfig):
         rho_max: largest share; 1 in the released code, where the selection vanishes at the end.
         lr, momentum, weight_decay, epochs, batch_size: of the fine-tuning.
         scope: `head`: class rows alone (released code), or `all`: hidden neurons too.
+        norms: `first`: batch norms use the statistics of a batch in the first epoch, and running ones after it; `train`: those of a batch in all.
         relative: measure weights in standard deviations of their layer, so that large ones exist.
     """
 
@@ -42,6 +43,7 @@ class WiperConfig(MethodConfig):
     epochs: int = 10
     batch_size: int = 128
     scope: str = "all"
+    norms: str = "first"
     relative: bool = True
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class WiperConfig(MethodConfig):
             raise ConfigError(f"select must be 'lowest' or 'highest', got '{self.select}'")
         if self.scope not in ("head", "all"):
             raise ConfigError(f"scope must be 'head' or 'all', got '{self.scope}'")
+        if self.norms not in ("first", "train"):
+            raise ConfigError(f"norms must be 'first' or 'train', got '{self.norms}'")
 
 
 class Wiper(Method):
@@ -62,7 +66,7 @@ class Wiper(Method):
     Changed on purpose: salience comes from the clean loss alone (the released code lets the penalty into it); the penalty
     touches the selected weights alone (released: all weights up to 1); large negative weights are punished, not rewarded;
     biases are left out. `select` is `lowest` as the paper means it, where the released code takes the highest. From the second epoch
-    on batch norms use their running statistics: with those of the batch throughout, the ASR of the public WRN-16-1 stayed at 100 %.
+    on batch norms use their running statistics (`norms`).
     """
 
     name = "wiper"
@@ -101,7 +105,7 @@ class Wiper(Method):
         taken = torch.zeros((), dtype=torch.long)
 
         def objective(batch: dict[str, Tensor]) -> Tensor:
-            if int(taken) >= steps:
+            if config.norms == "first" and int(taken) >= steps:
                 ctx.model.eval()  # `relearn` has set the mode of the first epoch, and sets all modes back
             return ctx.loss(batch).mean()
 

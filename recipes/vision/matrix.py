@@ -22,6 +22,7 @@ from .results import PAGE
 WRN = "wrn16_1"  # published with its backdoor by others
 VARIANTS: dict[str, dict[str, Any]] = {  # METHOD-VARIANT: settings that are not the defaults, the same for all victims
     "rnp+ft_sam": {"rnp.max_loss": 0.3, "ft_sam.rho": 2.0, "ft_sam.epochs": 15},  # chosen on resnet20 with badnets
+    "wiper-batch_statistics": {"norms": "train"},
 }
 
 

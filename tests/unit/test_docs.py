@@ -23,7 +23,8 @@ from accelerate import Accelerator
 
 import hf_purify
 import hf_purify.methods
-from hf_purify.cli import PLURALS, app
+from hf_purify.cli import app
+from hf_purify.cli.options import PLURALS
 from hf_purify.method import Context
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec, presets
 from hf_purify.registry import find, find_trigger, make_method, names

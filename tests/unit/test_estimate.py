@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from hf_purify import estimate as estimates
 from hf_purify.errors import ConfigError, ModelError, PurifyError
-from hf_purify.estimate import Memory, Plan, estimate_config, find_neurons, memory_of, read_counts
+from hf_purify.estimate import Plan, estimate_config, find_neurons, read_counts
 from hf_purify.loop import TrainConfig
 from hf_purify.masks import masked
-from hf_purify.method import Context, Stage
+from hf_purify.memory import Memory, memory_of
+from hf_purify.method import Context, Training
 from hf_purify.registry import find, make_method
 from hf_purify.rehearsal import META, Cost, between, rehearse
 from hf_purify.task import mode
@@ -118,22 +119,22 @@ class TestAgainstARealNetwork:
         outline = adapter.outline(LLAMA, 16)
         model = outline.loaded.model
         index = adapter.index(outline.loaded, outline.batch(2))
-        stage = make_method(name).plan(Context(model, adapter, None, torch.Generator(), Accelerator(cpu=True), index=index))  # type: ignore[arg-type]
-        mask = nn.Parameter(torch.ones(len(stage.mask))) if stage.mask else None
+        training = make_method(name).plan(Context(model, adapter, None, torch.Generator(), Accelerator(cpu=True), index=index))  # type: ignore[arg-type]
+        mask = nn.Parameter(torch.ones(len(training.mask))) if training.mask else None
         learned = [mask] if mask is not None else list(model.parameters())
         model.requires_grad_(mask is None)
 
         def forward() -> torch.Tensor:
             batch = {k: v.clone() for k, v in outline.batch(3).items()}
-            if stage.train.mixup:
+            if training.train.mixup:
                 batch = adapter.mix(batch, torch.arange(3).roll(1), torch.tensor(0.5))
-            with mode(model, stage.train.mode):
+            with mode(model, training.train.mode):
                 return adapter.loss(model, batch).mean()
 
-        with masked(model, stage.mask, mask) if stage.mask and mask is not None else mode(model, "eval"):
+        with masked(model, training.mask, mask) if training.mask and mask is not None else mode(model, "eval"):
             found = kept(forward)
             forward().backward()
-        optimizer = torch.optim.SGD(learned, lr=0.1, momentum=stage.train.momentum)
+        optimizer = torch.optim.SGD(learned, lr=0.1, momentum=training.train.momentum)
         gradients = sum(p.grad.nbytes for p in learned if p.grad is not None)
         optimizer.step()
         held = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -146,7 +147,7 @@ class TestAgainstARealNetwork:
     def test_state_of_adamw(self) -> None:
         with META:
             network = modality(LLAMA).outline(LLAMA, 16).loaded.model
-        found = memory_of(network, torch.float32, torch.float32, Stage(TrainConfig(steps=1, optimizer="adamw")), 1, none)
+        found = memory_of(network, torch.float32, torch.float32, Training(TrainConfig(steps=1, optimizer="adamw")), 1, none)
         model = modality(LLAMA).outline(LLAMA, 16).loaded.model
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         for p in model.parameters():
@@ -194,7 +195,7 @@ class TestFormula:
 
     def test_shares_are_as_large_as_the_largest(self) -> None:
         network = nn.Linear(5, 7, device=META)
-        found = memory_of(network, torch.float32, torch.float32, Stage(TrainConfig(steps=1)), 2, none)
+        found = memory_of(network, torch.float32, torch.float32, Training(TrainConfig(steps=1)), 2, none)
         assert found.weights == found.gradients == found.optimizer == 4 * (4 * 5 + 4)
         assert found.gathered == 4 * (7 * 5 + 7), "a network with no layers is gathered whole"
 
@@ -204,15 +205,15 @@ class TestFormula:
         mask = find_neurons(modality(LLAMA), LLAMA, network)
         layer = sum(p.numel() for p in network.model.layers[0].parameters())
         head = 101 * 64 + 64
-        for stage, times in ((Stage(TrainConfig(steps=1), mask), 2), (Stage(TrainConfig(steps=1)), 4)):
-            found = memory_of(network, torch.float32, torch.bfloat16, stage, 4, none)
+        for training, times in ((Training(TrainConfig(steps=1), mask), 2), (Training(TrainConfig(steps=1)), 4)):
+            found = memory_of(network, torch.float32, torch.bfloat16, training, 4, none)
             assert found.gathered == 2 * (head + times * layer)
 
     def test_shares_keep_the_dtype_of_the_checkpoint_and_what_is_gathered_has_that_of_the_computation(self) -> None:
         with META:
             network = modality(LLAMA).outline(LLAMA, 16).loaded.model
         size = 4 * sum(p.numel() for p in network.parameters())
-        found = {c: memory_of(network, torch.float32, c, Stage(TrainConfig(steps=1)), 2, none) for c in (torch.float32, torch.bfloat16)}
+        found = {c: memory_of(network, torch.float32, c, Training(TrainConfig(steps=1)), 2, none) for c in (torch.float32, torch.bfloat16)}
         for memory in found.values():
             assert memory.weights == pytest.approx(size / 2, rel=0.02)
             assert memory.gradients == pytest.approx(size / 2, rel=0.02)
@@ -236,7 +237,7 @@ class TestFormula:
         adapter = modality(LLAMA)
         with META:
             outline = adapter.outline(LLAMA, 16)
-        counted = [rehearse(adapter, outline.loaded.model, outline.batch, Stage(TrainConfig(steps=1)), n) for n in (2, 4, 6)]
+        counted = [rehearse(adapter, outline.loaded.model, outline.batch, Training(TrainConfig(steps=1)), n) for n in (2, 4, 6)]
         guessed = between(counted[0], counted[2], 4)
         assert dataclasses.replace(guessed, peak=counted[1].peak) == counted[1]
         assert counted[1].peak <= guessed.peak < 1.05 * counted[1].peak
@@ -335,7 +336,7 @@ class TestCommand:
             outline = adapter.outline(LLAMA, 8)
         outline.loaded.model.register_forward_hook(lambda *_: bool(torch.ones(1, device=META) > 0))
         with pytest.raises(ModelError, match="does not run without values"):
-            rehearse(adapter, outline.loaded.model, outline.batch, Stage(TrainConfig(steps=1)), 2)
+            rehearse(adapter, outline.loaded.model, outline.batch, Training(TrainConfig(steps=1)), 2)
 
     def test_errors_are_of_one_family(self) -> None:
         for call in (lambda: read_counts("x"), lambda: Plan(processes=()), lambda: Plan(batch_size=True)):
