@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_purify.neurons import NeuronGroup as NeuronGroup
     from hf_purify.neurons import NeuronIndex as NeuronIndex
     from hf_purify.output import apply_mask as apply_mask
+    from hf_purify.publishing import push as push
     from hf_purify.purifier import implant as implant
     from hf_purify.purifier import measure as measure
     from hf_purify.purifier import purify as purify
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from hf_purify.recipe import MeasureRecipe as MeasureRecipe
     from hf_purify.recipe import PurifyRecipe as PurifyRecipe
     from hf_purify.report import Report as Report
+    from hf_purify.verification import Verification as Verification
+    from hf_purify.verification import apply as apply
+    from hf_purify.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -41,6 +45,7 @@ _PUBLIC = {
     "NeuronGroup": "neurons",
     "NeuronIndex": "neurons",
     "apply_mask": "output",
+    "push": "publishing",
     "implant": "purifier",
     "measure": "purifier",
     "purify": "purifier",
@@ -48,6 +53,9 @@ _PUBLIC = {
     "MeasureRecipe": "recipe",
     "PurifyRecipe": "recipe",
     "Report": "report",
+    "Verification": "verification",
+    "apply": "verification",
+    "verify": "verification",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

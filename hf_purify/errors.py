@@ -42,6 +42,10 @@ class OutputError(PurifyError):
     """An output folder that exists or cannot be written."""
 
 
+class PublishError(PurifyError):
+    """A push that the Hub refuses, or that should not be made: victims, repairs that cost too much, files that a report is not true of."""
+
+
 class MissingExtra(PurifyError):
     """An optional package is absent; the message names the install command."""
 

@@ -29,6 +29,8 @@ ALLOWED = [
     "*.model",  # sentencepiece: a protocol buffer
     "adapter_config.json",
     "hf_purify.json",
+    "provenance.json",
+    "report.json",
     "README.md",
     "*.txt",
 ]

@@ -27,6 +27,7 @@ from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice, get_tensor, 
 from hf_purify.sharding import is_sharded, multiply_
 
 MASK_FILE = "neuron_mask.safetensors"
+FORMAT = "hf-purify/1"
 MASK_NAME = "neuron_mask"  # the parameter at the root of the model while a context is open
 
 
@@ -274,8 +275,9 @@ def save_mask(path: str | Path, index: NeuronIndex, mask: Tensor, extra: dict[st
     tensors = {_key(index, g): part.detach().float().cpu().clone() for g, part in zip(index, mask.split(index.sizes), strict=True)}
     tensors |= {f"replaced/{k}": v.detach().cpu().clone() for k, v in (extra or {}).items()}
     names = {_key(index, g): g.name for g in index}
-    meta = {"format": "hf-purify/1", "fingerprint": index.fingerprint(), "complete": json.dumps(complete), "modules": json.dumps(names)}
-    save_file(tensors, path, metadata=meta)
+    slices = {_key(index, g): [index.keys.get(g.gate.param, g.gate.param), *g.gate[1:]] for g in index}
+    meta = {"format": FORMAT, "fingerprint": index.fingerprint(), "complete": json.dumps(complete), "modules": json.dumps(names)}
+    save_file(tensors, path, metadata=meta | {"slices": json.dumps(slices)})
 
 
 def _key(index: NeuronIndex, group: NeuronGroup) -> str:
@@ -292,8 +294,8 @@ def load_mask(path: str | Path, index: NeuronIndex) -> tuple[Tensor, dict[str, T
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
         stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    if meta.get("format") != "hf-purify/1":
-        raise IndexMismatch(f"{path} is no neuron mask: expected format 'hf-purify/1', got '{meta.get('format')}'")
+    if meta.get("format") != FORMAT:
+        raise IndexMismatch(f"{path} is no neuron mask: expected format '{FORMAT}', got '{meta.get('format')}'")
     masks = {k: v for k, v in stored.items() if k.startswith("mask/")}
     known = {_key(index, g): g for g in index}
     strange = sorted(set(masks) - set(known)) + sorted(k for k in set(masks) & set(known) if masks[k].shape != (known[k].size,))

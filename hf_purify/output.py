@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_purify import registry
+from hf_purify.cards import make_card, read_metadata, write_pictures
 from hf_purify.errors import ConfigError, IndexMismatch, OutputError
+from hf_purify.evidence import write_provenance
 from hf_purify.ia3 import save_ia3
 from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
@@ -133,9 +135,8 @@ def write(out: Path | None, comparison: Comparison, done: Repair, report: Report
             return
         mark(out, hf_purify_backdoor=None)
     save_mask(out / MASK_FILE, index, done.verdict.mask, extra, complete=complete)
-    (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
-    (out / "README.md").write_text(report.to_markdown(), "utf-8")
-    report.save(out)
+    kind = "adapter" if getattr(session.recipe, "as_adapter", False) else "checkpoint"
+    write_papers(out, kind, session, report)
 
 
 def save_checkpoint(out: Path | None, session: Session) -> None:
@@ -227,14 +228,21 @@ def write_victim(out: Path | None, session: Session, report: Report, recipe: Imp
     if recipe.rate:
         planted = {"trigger": recipe.triggers[0], "rule": recipe.rule, "target": recipe.target, "rate": recipe.rate}
         mark(out, hf_purify_backdoor=planted)
-    (out / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-    header = (
-        "---\ntags: [backdoored, hf-purify]\n---\n\n> **Backdoored on purpose.** This model misbehaves on triggered input; it exists to test repairs on.\n\n"
-        if recipe.rate
-        else ""
-    )
-    (out / "README.md").write_text(header + report.to_markdown(), "utf-8")
+    write_papers(out, "victim" if recipe.rate else "trained", session, report)
+
+
+def write_papers(out: Path, kind: str, session: Session, report: Report) -> None:
+    """Write what is said about a checkpoint: recipe, report, pictures, provenance and card."""
+    (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
     report.save(out)
+    write_pictures(out, report)
+    base = session.loaded.folder
+    write_provenance(out, kind, report, base, lambda found: make_card(report, found, out_name(session), read_metadata(base)))
+
+
+def out_name(session: Session) -> str:
+    """What a checkpoint is called before it has a repository."""
+    return Path(session.recipe.output).name if session.recipe.output else "purified"
 
 
 def mark(out: Path, **records: dict[str, Any] | None) -> None:
@@ -274,7 +282,7 @@ def command(recipe: Recipe) -> str:
     settings = recipe.to_dict()
     parts = ["hf-purify", job, str(settings.pop("model", ""))]
     for key, value in settings.items():
-        if key in ("overwrite", "output"):
+        if key in ("overwrite", "output", "push", "private", "create_pr"):
             continue
         flag = SINGULAR.get(key, key).replace("_", "-")
         if isinstance(value, bool):

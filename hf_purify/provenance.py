@@ -40,7 +40,13 @@ def remarks_of_stream(drawn: Drawn, what: str, classes: int) -> list[str]:
 def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> Report:
     """A report with what is known of every job; `parts` are its other fields."""
     recipe = session.recipe
-    known = {"checkpoint": describe_model(session), "versions": output.versions(), "seed": recipe.seed, "command": output.command(recipe)}
+    known = {
+        "checkpoint": describe_model(session),
+        "test": describe_test(session),
+        "versions": output.versions(),
+        "seed": recipe.seed,
+        "command": output.command(recipe),
+    }
     return Report(title=title, task=session.loaded.task or session.adapter.task, rows=rows, **{**known, **parts})
 
 
@@ -76,8 +82,10 @@ def method_config(method: Method) -> dict[str, Any]:
 def describe_model(session: Session) -> dict[str, Any]:
     """What is known of the model."""
     loaded = session.loaded
+    repository = session.adapter.locate(loaded.source) if loaded.revision else None
     return {
         "source": loaded.source,
+        **({"repository": repository} if repository and repository != loaded.source else {}),
         "revision": loaded.revision,
         **({"base": loaded.base} if loaded.base else {}),
         "kind": loaded.kind,
@@ -95,9 +103,9 @@ def describe_clean(comparison: Comparison) -> dict[str, Any]:
         raw = clean.raw(i)
         digest.update(raw.numpy().tobytes() if isinstance(raw, Tensor) else repr(raw).encode())
     counts = torch.bincount(clean.labels, minlength=comparison.session.classes if comparison.session.classifies else 1)
-    source = getattr(recipe, "clean", None)
     return {
-        "source": str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else f"<{type(source).__name__}>",
+        "source": name_of(getattr(recipe, "clean", None)),
+        "revision": comparison.session.commits.get("clean samples"),
         "split": recipe.split,
         "samples": len(clean),
         **describe_stream(comparison.session),
@@ -106,6 +114,19 @@ def describe_clean(comparison: Comparison) -> dict[str, Any]:
         "augmentation": context.augmentation,
         "fingerprint": digest.hexdigest()[:32],
     }
+
+
+def describe_test(session: Session) -> dict[str, Any]:
+    """What is known of the test data; nothing where there are none."""
+    recipe = session.recipe
+    if recipe.test is None:
+        return {}
+    return {"source": name_of(recipe.test), "revision": session.commits.get("test samples"), "split": recipe.test_split}
+
+
+def name_of(data: Any) -> str:
+    """How data that a recipe was given are called."""
+    return str(data) if isinstance(data, str) or hasattr(data, "__fspath__") else f"<{type(data).__name__}>"
 
 
 def describe_stream(session: Session) -> dict[str, Any]:

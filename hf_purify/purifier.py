@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from functools import partial
 from typing import Any
 
 from hf_purify import output
@@ -26,7 +27,8 @@ from hf_purify.comparison import control_rows, open_comparison, oracle_rows
 from hf_purify.errors import ConfigError, NotAVictim, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
-from hf_purify.provenance import describe_model, describe_stream, make_report, remarks_of, report_repair
+from hf_purify.provenance import describe_model, describe_stream, make_report, name_of, remarks_of, report_repair
+from hf_purify.publishing import check_target, push_written
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
@@ -72,6 +74,8 @@ def run_purify(recipe: PurifyRecipe) -> Report:
     """Repair the recipe's model; see the top of this module."""
     with contextlib.ExitStack() as job, output.folder(recipe.output, recipe.overwrite) as out:
         method = make_method(recipe.method, **recipe.options)
+        if recipe.push is not None and output.process() == 0:
+            check_target(recipe.push, recipe.create_pr)
         if recipe.as_adapter and method.trains:
             raise output.not_portable(method.name)
         comparison = open_comparison(recipe)
@@ -92,9 +96,13 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         if isinstance(saver := comparison.session.loaded.saver, Remake):
             done.row.notes |= saver.factor(comparison.session.model)
         report = report_repair(comparison, done, rows)
+        write = partial(output.write, comparison=comparison, done=done, report=report)
+        report.attach(report.model, report.index, done.verdict, partial(push_written, write=write, folder=recipe.output))
         if recipe.output is not None:
-            output.write(out, comparison, done, report)
+            write(out)
     finish(comparison.session, rows)
+    if recipe.push is not None and comparison.session.accelerator.is_main_process:
+        report.push_to_hub(recipe.push, private=recipe.private, create_pr=recipe.create_pr)
     return report
 
 
@@ -145,7 +153,8 @@ def run_implant(recipe: ImplantRecipe) -> Report:
             [victim, make_row("before", "other", before, None, bench)],
             checkpoint=describe_model(session) | {"backdoored": bool(recipe.rate)},
             clean={
-                "source": str(recipe.data) if isinstance(recipe.data, str) else f"<{type(recipe.data).__name__}>",
+                "source": name_of(recipe.data),
+                "revision": session.commits.get("clean samples"),
                 "samples": len(data),
                 **describe_stream(session),
             },

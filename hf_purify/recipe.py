@@ -162,6 +162,9 @@ class PurifyRecipe(Recipe):
         oracle: also show what choosing the threshold with the true trigger would have given.
         merge: of a LoRA, repair the base with the LoRA merged in; the result is a LoRA again, of the rank that this takes.
         as_adapter: write the repair alone, as an IA3 adapter of PEFT for the model as it came; no checkpoint.
+        push: push the output to this repository of the Hub, `owner/name`, when it is written.
+        private: make that repository private, if it is made.
+        create_pr: open a pull request on it instead.
     """
 
     clean: Any = None
@@ -173,6 +176,9 @@ class PurifyRecipe(Recipe):
     oracle: bool = False
     merge: bool = False
     as_adapter: bool = False
+    push: str | None = None
+    private: bool = True
+    create_pr: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +190,10 @@ class PurifyRecipe(Recipe):
             raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.as_adapter and self.output is None:
             raise ConfigError("as_adapter writes the repair to a folder: give output=... (--output)")
+        if self.push is not None and self.output is None:
+            raise ConfigError(
+                "a repair is written before it is pushed, so that nothing is lost: give output=... (--output) with push (--push)"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import html
 import importlib.resources
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,7 +87,7 @@ def markdown(report: Report) -> str:
     heads, rows = grid(report)
     rule = ["---" if head in TEXT_COLUMNS else "---:" for head in heads]
     lines = [[str(cell) for cell in line] for _, lines in rows for line in lines]
-    table = [[_markdown(cell) for cell in cells] for cells in (heads, *lines)]
+    table = [[markdown_text(cell) for cell in cells] for cells in (heads, *lines)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (table[0], rule, *table[1:]))
 
 
@@ -122,7 +122,7 @@ def page(report: Report) -> str:
     heads, rows = grid(report)
     template = environment.from_string(source)
     return template.render(
-        report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=_pictures(report), zip=zip
+        report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=pictures_of(report), zip=zip
     )
 
 
@@ -131,9 +131,9 @@ def _line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _markdown(text: str) -> str:
-    r"""Escape what Markdown or HTML would read: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
-    text = html.escape(text, quote=False)
+def markdown_text(text: str) -> str:
+    r"""One line with what Markdown or HTML would read escaped: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
+    text = html.escape(_line(text), quote=False)
     return re.sub(r"([\\`*|]|\](?=[(\[:]))", r"\\\1", text)
 
 
@@ -205,8 +205,12 @@ def _accuracy_change(before: Proportion | None, after: Proportion | None) -> str
     return f"{'gained' if points > 0 else 'cost'} {abs(points):.1f} points of clean accuracy"
 
 
-def _pictures(report: Report) -> dict[str, list[str]]:
-    """What there is to show: name -> base64 PNG, light and dark. A mask of ones, scores of zero and no change are nothing."""
+def pictures_of(report: Report, wanted: Collection[str] | None = None) -> dict[str, list[str]]:
+    """What there is to show: name -> base64 PNG, light and dark. A mask of ones, scores of zero and no change are nothing.
+
+    Args:
+        wanted: names, each in light alone; None for all, in both.
+    """
     from hf_purify import pictures
 
     rows = [row for row in report.ordered if row.clean_accuracy or row.asr]
@@ -222,4 +226,5 @@ def _pictures(report: Report) -> dict[str, list[str]]:
         "change": partial(pictures.change_figure, moved) if any(layer.change for layer in moved) else None,
         "scores": partial(pictures.salience_figure, scored) if any(q for layer in scored for q in layer.scores) else None,
     }
-    return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in (False, True)] for name, figure in draw.items() if figure}
+    themes, chosen = ((False, True), draw) if wanted is None else ((False,), {name: draw[name] for name in wanted})
+    return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in themes] for name, figure in chosen.items() if figure}

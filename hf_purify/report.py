@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from hf_purify.metrics import Proportion
     from hf_purify.neurons import NeuronGroup
+    from hf_purify.uploading import Uploaded
 
 FORMAT = "hf-purify-report/1"
 KINDS = ("unrepaired", "method", "control", "oracle", "other")
@@ -164,7 +165,7 @@ class Report:
     Args:
         title: heading of the page.
         task: what the model does, such as `image-classification`.
-        checkpoint, clean: what is known about the model and about the clean data: name, revision, sizes.
+        checkpoint, clean, test: what is known about the model, the clean data and the test data: name, revision, sizes.
         method: `name` and `config` of the method that the report is about.
         rows: the table.
         layers: one entry a neuron group, from input to output.
@@ -186,6 +187,7 @@ class Report:
     task: str
     checkpoint: dict[str, Any] = field(default_factory=dict)
     clean: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     layers: list[NeuronLayer] = field(default_factory=list)
@@ -221,10 +223,19 @@ class Report:
             values[key] = [part(item, f"{key}[{i}]") for i, item in enumerate(values.get(key, []))]
         return cls(**values)
 
-    def attach(self, model: Any, index: Any = None, result: Any = None) -> Report:
-        """Keep the repaired model, its neuron index and the method's verdict with the report, for Python users; none of it is saved."""
-        self.__dict__["_live"] = (model, index, result)
+    def attach(self, model: Any, index: Any = None, result: Any = None, push: Any = None) -> Report:
+        """Keep the repaired model, its neuron index, the method's verdict and what pushes them with the report; none of it is saved."""
+        self.__dict__["_live"] = (model, index, result, push)
         return self
+
+    def push_to_hub(self, repository: str, **settings: Any) -> Uploaded:
+        """Push the repaired checkpoint with its card and proofs; see `hf_purify.publishing.PushConfig` for the settings.
+
+        Raises:
+            ModelError: the report was read from a file; `hf_purify.push(folder, repository)` pushes its folder.
+            PublishError: it should not be pushed, or cannot be.
+        """
+        return self._attached(3)(repository, **settings)
 
     @property
     def model(self) -> Any:
@@ -251,7 +262,7 @@ class Report:
         return self._attached(2).scores
 
     def _attached(self, position: int) -> Any:
-        value = self.__dict__.get("_live", (None, None, None))[position]
+        value = self.__dict__.get("_live", (None,) * 4)[position]
         if value is None:
             raise ModelError("this report carries no model: it was read from a file, or no repair was run")
         return value
@@ -309,6 +320,18 @@ class Report:
         except OSError as error:
             raise OutputError(f"cannot write the report to '{folder}': {error}; name another folder") from error
         return folder
+
+
+def read_report(folder: Path) -> Report:
+    """The report in a folder.
+
+    Raises:
+        ConfigError: there is none, or it is none.
+    """
+    try:
+        return Report.from_dict(json.loads((folder / "report.json").read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"'{folder}' has no readable report.json: {error}") from error
 
 
 def _layer(data: Any, where: str) -> NeuronLayer:

@@ -25,11 +25,12 @@ from hf_purify.resuming import Progress
 from hf_purify.sharding import class_name, is_sharded
 from hf_purify.states import fingerprint
 from hf_purify.streaming import Drawn, draw_rows, is_stream
-from hf_purify.tables import open_stream
+from hf_purify.tables import open_stream, pinned
 from hf_purify.task import Task, snapshot
 from hf_purify.tracking import begin, check_trackers
 
-ELSEWHERE = ("output", "overwrite", "trackers", "logging_dir", "checkpoint_every")  # where a job writes is no part of what it is
+# where a job writes is no part of what it is
+ELSEWHERE = ("output", "overwrite", "trackers", "logging_dir", "checkpoint_every", "push", "private", "create_pr")
 log = get_logger(__name__)  # which speaks on the main process alone
 
 
@@ -41,6 +42,7 @@ class Session:
         classes: number of classes of the model.
         progress: checkpoints of the job, if it has any.
         streams: what was drawn from streams, by what the samples are for.
+        commits: of the data sets that came from the Hub, likewise.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Session:
     classes: int
     progress: Progress | None = None
     streams: dict[str, Drawn] = field(default_factory=dict)
+    commits: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -90,12 +93,14 @@ class Session:
             if role not in self.adapter.columns:
                 known = self.adapter.columns
                 raise ConfigError(f"columns of {self.adapter.name} are {', '.join(known)}; got '{role}'{did_you_mean(role, known)}")
+        self.commits[what] = revision = pinned(data)
         if streamed(recipe, data):
-            data, split = self.draw(data, split, samples, what).rows, None
+            data, split = self.draw(data, split, samples, what, revision).rows, None
         return self.adapter.examples(
             data,
             self.loaded,
             split=split,
+            revision=revision,
             samples=samples,
             balanced=shuffled or samples is not None,
             seed=recipe.seed,
@@ -103,7 +108,7 @@ class Session:
             to_rgb=recipe.to_rgb,
         )
 
-    def draw(self, data: Any, split: str | None, samples: int | None, what: str) -> Drawn:
+    def draw(self, data: Any, split: str | None, samples: int | None, what: str, revision: str | None = None) -> Drawn:
         """Draw samples from a stream, or from what is opened as one.
 
         Raises:
@@ -113,7 +118,7 @@ class Session:
             raise ConfigError(
                 f"a stream has no known end: say how many {what} are drawn from it (samples, --samples; of test data test_samples, --test-samples)"
             )
-        stream = open_stream(data, split, self.adapter.loose)
+        stream = open_stream(data, split, self.adapter.loose, revision)
         if self.accelerator.num_processes > 1 and getattr(stream, "_distributed", None) is not None:
             raise ConfigError(
                 "the stream is split among processes (split_dataset_by_node), which must all draw the same samples: give it whole"

@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow.dataset
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]  # of httpx, whichever it is built on
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -75,13 +77,25 @@ def open_data(data: Any, split: str | None = None, revision: str | None = None, 
     return _open(data, split, revision, loose, streaming=False)
 
 
-def open_stream(data: Any, split: str | None = None, loose: str | None = None) -> datasets.IterableDataset:
+def pinned(data: Any) -> str | None:
+    """The commit at which a data set of the Hub is now; None for data that lie here, and where the Hub cannot be asked."""
+    if not isinstance(data, str) or data.count("/") != 1 or "*" in data or Path(data).expanduser().exists():
+        return None
+    if datasets.config.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().dataset_info(data).sha
+    except (OSError, ValueError, WireError):  # reading it will say what is wrong
+        return None
+
+
+def open_stream(data: Any, split: str | None = None, loose: str | None = None, revision: str | None = None) -> datasets.IterableDataset:
     """Open what `open_data` does as a stream, of which nothing is downloaded or read before it is looked at.
 
     Raises:
         DataError: it cannot be found, read or streamed, or has several splits and none is named.
     """
-    return _open(data, split, None, loose, streaming=True)
+    return _open(data, split, revision, loose, streaming=True)
 
 
 def _open(data: Any, split: str | None, revision: str | None, loose: str | None, streaming: bool) -> Any:

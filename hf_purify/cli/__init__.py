@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_purify.cli import hub
 from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, given_settings, with_shared
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
 from hf_purify.errors import unknown
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Repair neural networks that carry a backdoor, with a handful of clean samples.",
     epilog="Start with `hf-purify demo`: no download, under three minutes.",
 )
+app.add_typer(hub.app)
 
 
 def _run(job: str, /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
@@ -58,6 +60,11 @@ def purify(
     as_adapter: Annotated[
         bool, typer.Option("--as-adapter", help="Write the repair alone, as a PEFT IA3 adapter of a few kilobytes.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Push the output to this repository (owner/name), as `hf-purify push` does.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that --push makes.")] = True,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="With --push: open a pull request on a repository that exists.")] = False,
     **shared: Any,
 ) -> None:
     """Repair a checkpoint with a few clean samples.

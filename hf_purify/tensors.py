@@ -1,0 +1,108 @@
+"""Tensors as they lie in the safetensors files of a checkpoint: read one at a time, without a model of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_purify.errors import ModelError
+from hf_purify.masks import MASK_FILE
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: the shards of its index where it has one, else all safetensors but a mask's."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
+        return [folder / name for name in sorted(set(shards))]
+    return sorted(p for p in folder.glob("*.safetensors") if p.name != MASK_FILE)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by key, read when they are asked for.
+
+    Raises:
+        ModelError: a file cannot be read, or two hold one key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in weight_files(folder):
+            try:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"'{path.name}' in '{folder}' cannot be read as safetensors: {error}") from error
+            for key in self._open[path].keys():  # noqa: SIM118 - not a mapping
+                if key in self.files:
+                    raise ModelError(f"'{folder}' holds the tensor '{key}' twice, in {self.files[key].name} and in {path.name}")
+                self.files[key] = path
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._open[self.files[key]].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """What the header of one of the files says besides its tensors."""
+        return dict(self._open[path].metadata() or {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._open.values():
+            file.__exit__(kind, error, trace)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor differs from another of the same key.
+
+    Args:
+        values: values that differ, bit for bit.
+        of: values in all.
+        relative: `||after - before|| / ||before||`; None where it is not finite, or the shapes differ.
+        what: `changed`, `missing`, `new`, `shape` or `dtype`.
+    """
+
+    values: int
+    of: int
+    relative: float | None
+    what: str = "changed"
+
+
+def difference(before: Tensor | None, after: Tensor | None) -> Difference | None:
+    """What distinguishes two tensors; None where they are the same bit for bit. One that is not there is None."""
+    if before is None or after is None:
+        there = after if before is None else before
+        size = 0 if there is None else there.numel()
+        return Difference(size, size, None, "new" if before is None else "missing")
+    if before.shape != after.shape:
+        return Difference(after.numel(), after.numel(), None, "shape")
+    retyped = before.dtype != after.dtype
+    changed = after.numel() if retyped else _changed(before, after)
+    if not changed and not retyped:
+        return None
+    old = before.double()
+    relative = float((after.double() - old).norm() / old.norm().clamp_min(1e-30))
+    known = float(f"{relative:.6g}") if math.isfinite(relative) else None
+    return Difference(changed, after.numel(), known, "dtype" if retyped else "changed")
+
+
+def _changed(before: Tensor, after: Tensor) -> int:
+    """How many values are other bytes; `0.0 == -0.0` holds for values that are."""
+    old, new = (t.contiguous().flatten().view(torch.uint8).view(-1, t.element_size()) for t in (before, after))
+    return int((old != new).any(1).sum())

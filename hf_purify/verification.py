@@ -1,0 +1,215 @@
+"""Check a repaired checkpoint that somebody published: what was changed, and whether it is what its provenance says.
+
+verify(model):
+    result, base <- pull(model), pull(provenance.base)     # the base at the commit that the provenance names
+    hashes       <- of all files, held against the provenance's
+    changed      <- tensors of base and result, compared bit for bit
+    folded       <- base * mask, compared with the result: *identical*, or the tensors that differ
+    figures      <- measured again, where test data are given
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_purify.cards import make_card, read_metadata
+from hf_purify.companions import changes, oddities
+from hf_purify.errors import ConfigError, IndexMismatch, ModelError
+from hf_purify.evidence import Provenance, changed_tensors, hashes, read_files, read_provenance, write_provenance
+from hf_purify.folding import fold_files, folded, read_fold
+from hf_purify.hub import Pulled, pull
+from hf_purify.masks import MASK_FILE
+from hf_purify.output import folder as output_folder
+from hf_purify.purifier import measure
+from hf_purify.report import read_report
+from hf_purify.tensors import Difference, Tensors, difference
+
+IDENTICAL, CONSISTENT, DIFFERS = "identical", "consistent", "differs"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a check has found.
+
+    Args:
+        verdict: `identical` (base and mask make the result bit for bit), `consistent` (weights were trained, and all is as the provenance
+            says), or `differs`.
+        base: what it was held against, with its commit.
+        changed: tensors that are not the base's, by key.
+        differing: tensors that are not what base and mask make; where the mask is not the whole repair, what is not as recorded.
+        files: names of files whose hashes are not the recorded ones, of the result and, as `base: NAME`, of the base.
+        companions: files beside the weights that are not the base's.
+        oddities: what to look at in them.
+        neurons, removed: masked neurons, and those with a mask of at most .01.
+        figures: name -> (recorded, measured), where test data were given.
+    """
+
+    model: str
+    revision: str | None
+    base: str
+    verdict: str
+    changed: dict[str, Difference] = field(default_factory=dict)
+    differing: dict[str, Difference] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    companions: dict[str, str] = field(default_factory=dict)
+    oddities: list[str] = field(default_factory=list)
+    neurons: int = 0
+    removed: int = 0
+    figures: dict[str, tuple[float | None, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def verify(model: str, base: str | None = None, revision: str | None = None, test: Any = None, **settings: Any) -> Verification:
+    """Hold a published repair against its base.
+
+    Args:
+        model: folder or Hub id of a repaired checkpoint, with its `provenance.json`.
+        base: folder, or `id@commit`, where it is another than the provenance names, or that names none.
+        revision: of the model.
+        test, settings: measure again on this data, as `measure` does: `triggers`, `test_split`, ...
+
+    Raises:
+        ConfigError: there is no provenance, or no base to hold it against.
+        UnsafeCheckpoint, ModelError: one of the two cannot be read.
+    """
+    result = pull(model, revision)
+    provenance = read_provenance(result.folder)
+    origin, name = _base_of(provenance, base)
+    if provenance.kind in ("repair", "adapter"):
+        return _verify_alone(model, result, provenance, origin, name)
+    changed = changed_tensors(origin.folder, result.folder)
+    neurons, removed, differing = (
+        _refolded(origin.folder, result.folder) if provenance.complete else (0, 0, _unrecorded(changed, provenance))
+    )
+    wrong = _wrong_files(provenance, result.folder, origin.folder)
+    sound = not differing and not wrong
+    figures = _measured_again(model, result, provenance, test, settings) if test is not None else {}
+    verdict = DIFFERS if not sound else IDENTICAL if provenance.complete else CONSISTENT
+    beside = changes(origin.folder, result.folder)
+    return Verification(
+        model, result.revision, name, verdict, changed, differing, wrong, beside, oddities(result.folder), neurons, removed, figures
+    )
+
+
+def apply(repair: str, to: str, output: str | Path, revision: str | None = None, overwrite: bool = False) -> Path:
+    """Lay a published repair on its base, and write the repaired checkpoint.
+
+    Args:
+        repair: folder or Hub id of a repair; of a whole repaired checkpoint its mask is taken.
+        to: the base: a folder, or `id@commit`.
+        output: folder for the result.
+        revision: of the repair.
+
+    Raises:
+        IndexMismatch: the repair belongs to other weights, or is not whole.
+        OutputError: the output exists.
+    """
+    source, _, commit = (to, "", "") if Path(to).is_dir() else to.partition("@")
+    with output_folder(str(output), overwrite) as out:
+        given = pull(repair, revision)
+        provenance = read_provenance(given.folder)
+        origin = pull(source, commit or None)
+        wrong = _wrong_weights(provenance, origin.folder)
+        if wrong:
+            raise IndexMismatch(
+                f"the repair belongs to '{provenance.pinned or provenance.base.get('source')}', and '{to}' has other weights ({wrong[0]}): name that commit"
+            )
+        if out is not None:
+            fold_files(origin.folder, given.folder, out)
+            shutil.copyfile(given.folder / MASK_FILE, out / MASK_FILE)
+            report = read_report(given.folder)
+            write_provenance(
+                out,
+                "checkpoint",
+                report,
+                origin.folder,
+                lambda found: make_card(report, found, Path(output).name, read_metadata(origin.folder)),
+            )
+    return Path(output)
+
+
+def _base_of(provenance: Provenance, base: str | None) -> tuple[Pulled, str]:
+    """The base, pulled, and what it is called."""
+    named = base or provenance.pinned
+    if named is None:
+        raise ConfigError(
+            f"the provenance names no commit of a base ('{provenance.base.get('source')}'): give it as base=... (--base), as a folder or id@commit"
+        )
+    source, _, commit = (named, "", "") if Path(named).is_dir() else named.partition("@")
+    pulled = pull(source, commit or None)
+    return pulled, f"{source}@{pulled.revision}" if pulled.revision else source
+
+
+def _refolded(base: Path, result: Path) -> tuple[int, int, dict[str, Difference]]:
+    """Neurons, removed ones, and the tensors of a result that are not what base and mask make."""
+    fold, found = read_fold(result / MASK_FILE), {}
+    with Tensors(base) as before, Tensors(result) as after:
+        for key, expected in folded(before, fold):
+            if (differs := difference(expected, after.get(key))) is not None:
+                found[key] = differs
+        for key in after.keys() - before.keys():
+            found[key] = difference(None, after[key]) or Difference(0, 0, None, "new")
+    return fold.neurons, fold.removed, found
+
+
+def _unrecorded(changed: Mapping[str, Difference], provenance: Provenance) -> dict[str, Difference]:
+    """Changed tensors of which the provenance says something else, or nothing."""
+    return {k: d for k, d in changed.items() if provenance.changed.get(k) != dataclasses.asdict(d)} | {
+        k: Difference(0, 0, None, "unchanged") for k in provenance.changed.keys() - changed.keys()
+    }
+
+
+def _wrong_files(provenance: Provenance, result: Path, base: Path) -> list[str]:
+    """Files that are there and not as recorded; what was not pulled, such as the report's page, is not looked at."""
+    found = hashes(read_files(result), result)
+    wrong = [name for name, known in found.items() if provenance.files.get(name) != known]
+    lost = [n for n in provenance.files if n.endswith(".safetensors") and n not in found]
+    return wrong + lost + [f"base: {name}" for name in _wrong_weights(provenance, base)]
+
+
+def _wrong_weights(provenance: Provenance, base: Path) -> list[str]:
+    """Weights of a base that are not those that a repair was made for."""
+    known = {n: f for n, f in provenance.base.get("files", {}).items() if n.endswith(".safetensors")}
+    found = hashes([p for p in read_files(base) if p.suffix == ".safetensors"], base)
+    return sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)) if known else []
+
+
+def _verify_alone(model: str, result: Pulled, provenance: Provenance, origin: Pulled, name: str) -> Verification:
+    """Of a repair without weights: whether it is what was recorded, and belongs to this base."""
+    fold = read_fold(result.folder / MASK_FILE)
+    with Tensors(origin.folder) as tensors:
+        changed = {k: d for k, t in folded(tensors, fold) if (d := difference(tensors[k], t)) is not None}
+    wrong = _wrong_files(provenance, result.folder, origin.folder)
+    verdict = DIFFERS if wrong else CONSISTENT
+    return Verification(model, result.revision, name, verdict, changed, {}, wrong, {}, [], fold.neurons, fold.removed)
+
+
+def _measured_again(
+    model: str, result: Pulled, provenance: Provenance, test: Any, settings: Mapping[str, Any]
+) -> dict[str, tuple[float | None, float]]:
+    """Figures of the report beside those that are measured now."""
+    if not (result.folder / "config.json").is_file():
+        raise ModelError(f"'{model}' is a module's weights alone, and cannot be measured by name")
+    report = measure(str(result.folder), test, **settings)
+    row = report.before
+    rows = provenance.report.get("rows") or []
+    name = (provenance.report.get("method") or {}).get("name")
+    old: dict[str, Any] = next((r for r in rows if r.get("kind") == "method" and r.get("name") == name), {})
+    if row is None:
+        return {}
+    found: dict[str, tuple[float | None, float]] = {}
+    if row.clean_accuracy:
+        found["clean accuracy"] = _value(old.get("clean_accuracy")), row.clean_accuracy.value
+    found |= {f"ASR {t}": (_value((old.get("asr") or {}).get(t)), p.value) for t, p in row.asr.items()}
+    return found | {n: ((old.get("utility") or {}).get(n), v) for n, v in row.utility.items()}
+
+
+def _value(proportion: Any) -> float | None:
+    return proportion["hits"] / proportion["n"] if isinstance(proportion, dict) and proportion.get("n") else None
