@@ -93,8 +93,10 @@ def read_fold(path: Path) -> Fold:
         raise IndexMismatch(f"'{path.name}' is no neuron mask: expected format '{FORMAT}', got '{meta.get('format')}'")
     masks: dict[str, list[tuple[ParamSlice, Tensor]]] = {}
     named = {k: v for k, v in stored.items() if k.startswith("mask/")}
-    for key, mask in named.items():
-        part = _part(slices.get(key), key, path, mask)
+    order = list(slices) if isinstance(slices, dict) else []
+    for key in sorted(named, key=lambda k: order.index(k) if k in order else len(order)):  # two masks of one tensor round as they did
+        mask = named[key]
+        part = _part(slices[key] if key in order else None, key, path, mask)
         masks.setdefault(part.param, []).append((part, mask))
     replaced = {k.removeprefix("replaced/"): v for k, v in stored.items() if k.startswith("replaced/")}
     return Fold(masks, replaced, complete, sum(map(len, named.values())), sum(int((m <= 0.01).sum()) for m in named.values()))

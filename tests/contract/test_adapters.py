@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from hf_purify.adapter import Adapter, Tiny
 from hf_purify.errors import ConfigError, IndexMismatch
+from hf_purify.evidence import changed_tensors
+from hf_purify.folding import fold_files
 from hf_purify.masks import MASK_NAME, bake, load_mask, masked, save_mask
 from hf_purify.neurons import NeuronIndex, get_tensor
 from hf_purify.output import apply_mask
 from hf_purify.registry import find, names
+from hf_purify_adapters._checkpoints import transformers_keys
 
 NETWORKS = [(adapter, variant) for adapter in names("adapter") for variant in find("adapter", adapter).variants]
 LEVELS = ("activation", "weight")
@@ -235,6 +239,25 @@ def test_mask_file_repairs_the_base_bit_for_bit(name: str, variant: str, tmp_pat
     applied = apply_mask(copy.deepcopy(bench.model), bench.index, file).state_dict()
     assert list(applied) == list(repaired)
     assert all(torch.equal(applied[k], v) for k, v in repaired.items())
+
+
+@networks
+def test_mask_folded_into_files_is_the_baked_model(name: str, variant: str, tmp_path: Path) -> None:
+    """Without a model: what `apply` and `verify` rest on."""
+    bench = Bench(name, variant)
+    base, baked, folded = (tmp_path / n for n in ("base", "baked", "folded"))
+    for folder in (base, baked, folded):
+        folder.mkdir()
+    model, of_transformers = bench.model, hasattr(bench.model, "save_pretrained")
+    save = (lambda out: model.save_pretrained(out)) if of_transformers else (lambda out: save_model(model, str(out / "model.safetensors")))
+    index = NeuronIndex(bench.index.groups, transformers_keys(model) if of_transformers else {})
+    save(base)
+    save_mask(tmp_path / "neuron_mask.safetensors", index, bench.mask)
+    bake(model, index, bench.mask)
+    save(baked)
+    fold_files(base, tmp_path, folded)
+    assert not changed_tensors(baked, folded)
+    assert changed_tensors(base, folded)
 
 
 @pytest.mark.parametrize("name", names("adapter"))
