@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +36,13 @@ class Target(NamedTuple):
     head: str | None
     files: tuple[str, ...] = ()
     private: bool | None = None
+
+
+class Item(NamedTuple):
+    """What a collection lists."""
+
+    repository: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,20 @@ def upload(
     return Uploaded(repository, request or str(made.repo_url), made.oid, request, removed)
 
 
+def collect(title: str, namespace: str, items: Sequence[Item], private: bool = True) -> str:
+    """Put repositories into a collection, which is made if it is not there; returns its address.
+
+    Raises:
+        PublishError: with what to do.
+    """
+    api = HfApi()
+    made = _patiently(namespace, lambda: api.create_collection(title, namespace=namespace, private=private, exists_ok=True))
+    for item in items:
+        adding: Any = partial(api.add_collection_item, made.slug, item.repository, exists_ok=True)
+        _patiently(item.repository, partial(adding, item_type=item.kind))
+    return str(made.url)
+
+
 def _holds(api: HfApi, repository: str, kind: str, files: Mapping[str, Path | bytes]) -> bool:
     """Does a repository hold just these contents under these names?"""
     info: Any = api.repo_info(repository, repo_type=kind, files_metadata=True)
@@ -162,7 +184,7 @@ def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...
                 ) from None
             time.sleep(2.0 ** (TRIES - left - 1))
         except ValueError as error:  # a card that the Hub refuses
-            raise PublishError(f"the Hub refuses what was to be pushed to '{repository}': {_first(error)}") from None
+            raise PublishError(f"the Hub refuses what was to be pushed to '{repository}': {' '.join(str(error).split())[:500]}") from None
     raise PublishError(f"cannot push to '{repository}'")
 
 

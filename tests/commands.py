@@ -29,11 +29,14 @@ def elsewhere(code: str, folder: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-def launch(processes: int, *arguments: object, module: str | None = None, config: Path | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, *arguments: object, module: str | None = None, config: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A program on so many processes of the CPU, as `accelerate launch` starts them; without `ACCELERATE_USE_CPU`, it starts one.
 
     Args:
         config: of accelerate; one without any sharding if not given.
+        variables: of the environment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,5 +47,5 @@ def launch(processes: int, *arguments: object, module: str | None = None, config
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *how, *many, "--num_processes", str(processes)]
     command += [*(["-m", module] if module else []), *map(str, arguments)]
     tests = str(Path(__file__).parent)
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests, "COLUMNS": "200"}
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests, "COLUMNS": "200"} | variables
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=180)
