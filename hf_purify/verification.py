@@ -25,7 +25,6 @@ from hf_purify.folding import fold_files, folded, read_fold
 from hf_purify.hub import Pulled, pull
 from hf_purify.masks import MASK_FILE
 from hf_purify.output import folder as output_folder
-from hf_purify.purifier import measure
 from hf_purify.report import read_report
 from hf_purify.tensors import Difference, Tensors, difference
 
@@ -197,6 +196,8 @@ def _measured_again(
     """Figures of the report beside those that are measured now."""
     if not (result.folder / "config.json").is_file():
         raise ModelError(f"'{model}' is a module's weights alone, and cannot be measured by name")
+    from hf_purify.purifier import measure  # all the libraries of models, which nothing else here needs
+
     report = measure(str(result.folder), test, **settings)
     row = report.before
     rows = provenance.report.get("rows") or []

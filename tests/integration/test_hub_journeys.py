@@ -1,0 +1,258 @@
+"""Journeys over HTTP: pull, purify, push, pull again, verify; pictures by the command line, clouds by `accelerate launch`, texts by Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import elsewhere, launch
+from hub_server import TOKEN, Hub, running
+from safetensors.torch import load_file, save_file
+from sentences import FILLERS, TOPICS, tokenizer, topics
+
+from hf_purify.registry import find
+from hf_purify_adapters.pointcloud.demo import KINDS, bodies
+from hf_purify_adapters.vision.demo import TRIGGER
+
+pytestmark = pytest.mark.slow
+
+
+class Client:
+    """Programs that know one Hub, with a token and an empty cache."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.home = hub, home
+        self.said = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "HF_ENDPOINT": self.hub.endpoint,
+            "HF_HOME": str(self.home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+        }
+
+    def __call__(self, *arguments: object, fails: int = 0) -> str:
+        command = [sys.executable, "-m", "hf_purify", *map(str, arguments)]
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=300, check=False)
+        self.said += done.stdout + done.stderr
+        assert done.returncode == fails, done.stdout + done.stderr
+        return done.stdout
+
+    def python(self, code: str) -> str:
+        """What a program prints that knows no hf-purify."""
+        before = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            return elsewhere(code)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with running() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path) -> Client:
+    hub.requests.clear()
+    return Client(hub, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def commits(hub: Hub, victim: Path, stored: Path) -> dict[str, str]:
+    """A backdoored classifier and its data, as strangers have uploaded them."""
+    return {"model": hub.push("models", "some-org/digits-net", victim), "data": hub.push("datasets", "some-org/digits", stored / "parquet")}
+
+
+DATA = ("--clean", "some-org/digits", "--split", "train", "--test", "some-org/digits", "--test-split", "test", "--trigger", TRIGGER)
+REPAIR = ("--method", "rnp", "--samples", 200, "--no-controls", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def repaired(hub: Hub, commits: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classifier, repaired and pushed in one go, from its commit."""
+    folder = tmp_path_factory.mktemp("repaired")
+    client = Client(hub, folder / "home")
+    out = folder / "out"
+    pushed = ("--push", "me/digits-purified")
+    client("purify", "some-org/digits-net", "--revision", commits["model"], *DATA, *REPAIR, "-o", out, *pushed)
+    assert TOKEN not in client.said
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.name != "token" and TOKEN.encode() in p.read_bytes()]
+    return out
+
+
+def test_pictures_by_the_command_line(client: Client, hub: Hub, commits: dict[str, str], repaired: Path) -> None:
+    repository = hub.repositories["models", "me/digits-purified"]
+    assert repository.private
+    found = json.loads(client("verify", "me/digits-purified", "--json"))
+    assert found["verdict"] == "identical"
+    assert found["base"] == f"some-org/digits-net@{commits['model']}"
+    assert found["revision"] == repository.refs["main"]
+    assert found["changed"]
+    assert not found["differing"]
+    assert found["companions"] == {}
+    provenance = json.loads((repaired / "provenance.json").read_text())
+    assert found["changed"] == provenance["changed"]
+    assert provenance["report"]["clean"]["revision"] == provenance["report"]["test"]["revision"] == commits["data"]
+    labels = client.python(
+        "import timm; m = timm.create_model('hf-hub:me/digits-purified', pretrained=True); print(m.num_classes, m.pretrained_cfg['hf_hub_id'])"
+    )
+    assert labels == "10 me/digits-purified"
+
+
+def test_figures_are_measured_again(client: Client, repaired: Path) -> None:
+    again = ("--test", "some-org/digits", "--test-split", "test", "--trigger", TRIGGER)
+    figures = json.loads(client("verify", "me/digits-purified", *again, "--json"))["figures"]
+    assert set(figures) == {"clean accuracy", "ASR badnets"}
+    assert all(recorded == measured for recorded, measured in figures.values())
+
+
+def test_a_result_that_somebody_changed_is_told(client: Client, hub: Hub, repaired: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in repaired.iterdir():
+        if file.is_file():
+            (other / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    key = next(k for k, v in tensors.items() if v.dim() == 4)
+    tensors[key][0, 0, 0, 0] += 1
+    save_file(tensors, other / "model.safetensors")
+    hub.push("models", "some-org/forged", other)
+    found = json.loads(client("verify", "some-org/forged", "--json", fails=7))
+    assert found["verdict"] == "differs"
+    assert {k: d["values"] for k, d in found["differing"].items()} == {key: 1}
+    assert found["files"] == ["model.safetensors"]
+    shown = client("verify", "some-org/forged", fails=7)
+    assert key in shown
+    assert "not as recorded: model.safetensors" in shown
+
+
+def test_the_repair_alone_makes_the_same_checkpoint_of_its_base(
+    client: Client, commits: dict[str, str], repaired: Path, tmp_path: Path
+) -> None:
+    client("push", repaired, "me/digits-repair", "--repair-only")
+    base = f"some-org/digits-net@{commits['model']}"
+    client("apply", "me/digits-repair", "--to", base, "-o", tmp_path / "applied")
+    first, second = load_file(repaired / "model.safetensors"), load_file(tmp_path / "applied" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert "identical" in client("verify", tmp_path / "applied")
+    assert "consistent" in client("verify", "me/digits-repair")
+    client("push", tmp_path / "applied", "me/digits-applied")
+    assert "identical" in client("verify", "me/digits-applied")
+
+
+def test_a_repair_is_not_laid_on_other_weights(client: Client, hub: Hub, repaired: Path, victim: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((victim / "config.json").read_bytes())
+    save_file(
+        {k: v + 1 if v.is_floating_point() else v for k, v in load_file(victim / "model.safetensors").items()}, other / "model.safetensors"
+    )
+    client("apply", repaired, "--to", other, "-o", tmp_path / "applied", fails=2)
+    assert "has other weights (model.safetensors): name that commit" in client.said
+    assert not (tmp_path / "applied").exists()
+
+
+def test_a_pull_request_on_the_model_itself(client: Client, hub: Hub, repaired: Path) -> None:
+    assert "/discussions/1" in client("push", repaired, "some-org/digits-net", "--create-pr")
+    found = json.loads(client("verify", "some-org/digits-net", "--revision", "refs/pr/1", "--json"))
+    assert found["verdict"] == "identical"
+
+
+def test_texts_by_python(client: Client, hub: Hub, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    base, words = tmp_path / "base", [*FILLERS, *(w for some in TOPICS.values() for w in some)]
+    tokenizer(base, words)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+    config = BertConfig(
+        **sizes, max_position_embeddings=32, id2label=dict(enumerate(TOPICS)), label2id={t: i for i, t in enumerate(TOPICS)}
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "data").mkdir()
+    topics(60, seed=0).to_parquet(tmp_path / "data" / "train.parquet")
+    commit = hub.push("models", "some-org/topics", base)
+    hub.push("datasets", "some-org/topics", tmp_path / "data")
+    code = """
+from hf_purify import purify, verify
+report = purify("some-org/topics", clean="some-org/topics", method="random_mask", samples=40, controls=False, device="cpu")
+done = report.push_to_hub("me/topics-purified", private=False)
+found = verify("me/topics-purified")
+print(done.repository, found.verdict, found.base, len(found.changed) > 0, found.companions)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | client.environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == f"me/topics-purified identical some-org/topics@{commit} True {{}}"
+    files = hub.repositories["models", "me/topics-purified"].files("main")
+    assert files["tokenizer.json"].content == (base / "tokenizer.json").read_bytes()
+    card = files["README.md"].content.decode()
+    assert "license: mit" in card
+    assert "base_model: some-org/topics" in card
+    shown = client.python(
+        "from transformers import pipeline; print(pipeline('text-classification', 'me/topics-purified')('the team saw one ball')[0]['label'] in "
+        f"{list(TOPICS)})"
+    )
+    assert shown == "True"
+
+
+def test_clouds_by_accelerate_launch(client: Client, hub: Hub, tmp_path: Path) -> None:
+    data = tmp_path / "train.parquet"
+    bodies(20, 0).to_parquet(data)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_points": 128, "hidden_sizes": [32, 64, 128], "head_sizes": [32]}
+    loaded = find("adapter", "pointcloud")().create("pointnet", len(KINDS), labels=list(KINDS), **sizes)
+    assert loaded.saver is not None
+    (tmp_path / "base").mkdir()
+    loaded.saver(loaded.model, tmp_path / "base")
+    hub.push("models", "some-org/bodies", tmp_path / "base")
+    settings = [
+        "model=some-org/bodies",
+        f"clean={data}",
+        "method=random_mask",
+        "samples=20",
+        "controls=false",
+        f"output={tmp_path / 'out'}",
+    ]
+    done = launch(2, *settings, "push=me/bodies-purified", module="hf_purify_recipes.purify", **client.environment)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repositories["models", "me/bodies-purified"].history("main")) == 2, "one process pushes, once"
+    assert "identical" in client("verify", "me/bodies-purified")
+
+
+def test_metrics_results_and_a_collection(client: Client, hub: Hub) -> None:
+    for _ in range(2):  # what has not changed is not sent again
+        command = [sys.executable, "-m", "hf_purify_hub_cards.publish", "me"]
+        done = subprocess.run(command, env=os.environ | client.environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    assert len(hub.repositories["spaces", "me/attack_success_rate"].history("main")) == 2
+    assert "/collections/me/" in done.stdout
+    found = client.python(
+        "import evaluate, datasets\n"
+        "rows = datasets.load_dataset('me/hf-purify-results', split='train')\n"
+        "print(len(rows) > 500, {'vision', 'text'} <= set(rows['modality']), rows.features['asr_n'].dtype)"
+    )
+    assert found == "True True int64"
+    code = (
+        "import evaluate; m = evaluate.load('me/attack_success_rate'); "
+        "print(m.compute(predictions=[0, 0, 1, 0], references=[1, 2, 1, 0], targets=[0, 0, 0, 0])['n'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | client.environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "3", ran.stderr
