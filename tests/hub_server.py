@@ -1,181 +1,141 @@
-"""A Hub on the loopback that the tests start: repositories with commits, served to the real client over HTTP.
+"""A Hub on the loopback that the tests start, as strict as the real one: the real client pulls from it and pushes to it over HTTP.
 
-It answers what `huggingface_hub`, transformers, timm and datasets ask when they pull. Every request is kept in `requests`, with its
-`Authorization` header, so that a test can say what was fetched and what was sent along.
+It answers what `huggingface_hub`, transformers, timm, datasets and evaluate ask for. Every request is kept in `requests`, with its
+`Authorization` header, so that a test can say what was asked and what was sent along. Failures are ordered by `fail`, `cut`, `lose`
+and `slow`. Clients have to run with `HF_HUB_DISABLE_XET=1`: large files are uploaded by the basic LFS transfer.
+
+What it keeps is in hub_store.py, what it accepts as a commit in hub_commits.py and hub_cards_check.py, and its routes in
+hub_reading.py, hub_writing.py, hub_discussions.py and hub_collections.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-LFS = (".safetensors", ".parquet", ".bin")
-DATE = "2026-01-01T00:00:00.000Z"
+import hub_discussions  # noqa: F401 - these are imported for their routes
+import hub_reading  # noqa: F401
+import hub_writing  # noqa: F401
+from hub_collections import Collection
+from hub_commits import attributes, must_be_large
+from hub_faults import Fault, Faults, Kind
+from hub_routes import Account, Answer, Request, account_of, answer
+from hub_store import Commit, File, Refused, Repository
 
-
-@dataclass
-class Repository:
-    """The commits of one repository, each with all its files."""
-
-    kind: str
-    name: str
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
-        """Make a commit that holds exactly `files`, and let `ref` point to it."""
-        content = repr([self.name, len(self.commits), sorted(files.items())]).encode()
-        sha = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-        self.commits[sha] = dict(files)
-        self.refs[ref] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str | None:
-        """The commit that a branch, tag or commit id names."""
-        revision = unquote(revision)
-        return self.refs.get(revision.removeprefix("refs/heads/")) or (revision if revision in self.commits else None)
+TOKEN = "hf_mayWriteWhatIsMine"
+READ_TOKEN = "hf_mayReadWhatIsMine"
+OTHER_TOKEN = "hf_ofAnotherUser"
 
 
-class Hub:
-    """The server's content, and what it was asked."""
+class Hub(Faults):
+    """The server's content, its users and what it was asked.
 
-    def __init__(self) -> None:
+    Args:
+        token: The token by which `user` may write.
+    """
+
+    def __init__(self, token: str = TOKEN, user: str = "me") -> None:
+        super().__init__()
+        self.user = user
+        self.tokens = {token: Account(user), READ_TOKEN: Account(user, "read"), OTHER_TOKEN: Account("another")}
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.collections: dict[str, Collection] = {}
+        self.uploads: dict[str, tuple[Repository, str, int]] = {}  # by the signature: what may be uploaded
         self.requests: list[tuple[str, str, str | None]] = []  # verb, path, Authorization header
         self.endpoint = ""
+        self.lock = threading.Lock()
 
     def push(self, kind: str, name: str, folder: Path, ref: str = "main") -> str:
-        """Commit a folder's files to the repository of `kind` (models or datasets), made if need be; returns the commit."""
+        """Commit exactly a folder's files to the repository of `kind` (models, datasets or spaces), made if need be; returns the commit."""
         repository = self.repositories.setdefault((kind, name), Repository(kind, name))
-        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-        return repository.commit(files, ref)
+        files = {}
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            within, content = path.relative_to(folder).as_posix(), path.read_bytes()
+            files[within] = File(content, lfs=must_be_large(within, len(content), content[:512], attributes({})))
+        return repository.add(Commit(files, "Push", author=self.user, parent=repository.refs.get(ref)), ref)
 
     def fetched(self) -> set[str]:
         """Paths inside their repositories of all files whose content was sent."""
         return {path.split("/resolve/", 1)[1].split("/", 1)[1] for verb, path, _ in self.requests if verb == "GET" and "/resolve/" in path}
 
 
-def entry(path: str, content: bytes) -> dict[str, Any]:
-    """A file as the Hub lists it."""
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    found: dict[str, Any] = {"type": "file", "path": path, "oid": blob, "size": len(content)}
-    if path.endswith(LFS):
-        found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return found
-
-
-def folders(files: Mapping[str, bytes]) -> set[str]:
-    return {"/".join(path.split("/")[:i]) for path in files for i in range(1, path.count("/") + 1)}
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each body waits 40 ms for the receipt of its headers
     hub: Hub
 
     def log_message(self, *_: object) -> None:
         """The requests are kept, not printed."""
 
     def do_GET(self) -> None:
-        self.answer()
+        faults = self.hub.faults_of(self.command, self.path)
+        self.hub.requests.append((self.command, urlsplit(self.path).path, self.headers.get("Authorization")))
+        if slow := faults.get("slow"):
+            time.sleep(slow.seconds)
+        body = self.received(cut="cut" in faults)
+        if body is None:
+            self.close_connection = True
+            return
+        self.send(self.answered(body, faults.get("fail")), faults)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
-    def answer(self) -> None:
-        path = urlsplit(self.path).path
-        self.hub.requests.append((self.command, path, self.headers.get("Authorization")))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.file(found[1] or "models", found[2], found[3], unquote(found[4]))
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
-            return self.listing(found[1], found[2], found[3] or "revision", found[4] or "main", unquote(found[5] or ""), body)
-        return self.error(404, "EntryNotFound", f"no route {path}")
-
-    def found(self, kind: str, name: str, revision: str) -> tuple[Repository, str] | None:
-        """The repository and the commit; where one is missing, the answer has been sent."""
-        repository = self.hub.repositories.get((kind, name))
-        if repository is None:
-            self.error(404, "RepoNotFound", "Repository not found")
+    def received(self, cut: bool) -> bytes | None:
+        """The request's body; of one that is cut, half is read, and None returned."""
+        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+            parts = []
+            while (line := self.rfile.readline()) and (size := int(line, 16)):
+                parts.append(self.rfile.read(size // 2 if cut else size))
+                if cut or self.rfile.readline() != b"\r\n":
+                    return None
+            return b"".join(parts) if line and self.rfile.readline() else None
+        length = int(self.headers.get("Content-Length") or 0)
+        if cut and length:
+            self.rfile.read(length // 2)
             return None
-        sha = repository.resolve(revision)
-        if sha is None:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
-        return repository, sha
+        body = self.rfile.read(length)
+        return body if len(body) == length else None  # the client went away
 
-    def listing(self, kind: str, name: str, what: str, revision: str, below: str, body: bytes) -> None:
-        found = self.found(kind, name, revision)
-        if found is None:
-            return None
-        repository, sha = found
-        files = repository.commits[sha]
-        if what == "revision":
-            siblings = [{"rfilename": path} for path in files]
-            facts = {"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings, "lastModified": DATE}
-            return self.send(200, facts)
-        if what == "tree":
-            query = parse_qs(urlsplit(self.path).query)
-            deep = query.get("recursive", ["false"])[0].lower() in ("1", "true")
-            prefix = below.rstrip("/") + "/" if below else ""
-            listed = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders(files))]
-            listed += [entry(path, content) for path, content in sorted(files.items())]
-            listed = [e for e in listed if e["path"].startswith(prefix) and (deep or "/" not in e["path"][len(prefix) :])]
-            return self.send(200, listed) if listed or not below else self.error(404, "EntryNotFound", below)
-        form = "urlencoded" in (self.headers.get("Content-Type") or "")
-        paths = parse_qs(body.decode()).get("paths", []) if form else json.loads(body)["paths"]
-        known = folders(files)
-        listed = [entry(p, files[p]) for p in paths if p in files]
-        listed += [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in paths if p in known]
-        return self.send(200, listed)
+    def answered(self, body: bytes, fail: Fault | None) -> Answer:
+        """What the routes answer, or the failure that is ordered in their place."""
+        if fail:
+            ordered = Answer.of({"error": "ordered by the test"}, fail.status, fail.headers)
+            return ordered if fail.body is None else Answer(fail.body, fail.status, fail.headers)
+        url = urlsplit(self.path)
+        query = parse_qs(url.query, keep_blank_values=True)
+        with self.hub.lock:
+            try:
+                account = account_of(self.hub, self.headers.get("Authorization"))
+                return answer(Request(self.hub, self.command, url.path, query, self.headers, body, account))
+            except Refused as refused:
+                return Answer.of(refused.body, refused.status, refused.headers)
 
-    def file(self, kind: str, name: str, revision: str, path: str) -> None:
-        found = self.found(kind, name, revision)
-        if found is None:
-            return None
-        repository, sha = found
-        content = repository.commits[sha].get(path)
-        if content is None:
-            return self.error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
-        facts = entry(path, content)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{facts["oid"]}"', "Accept-Ranges": "bytes"}
-        if "lfs" in facts:
-            digest = facts["lfs"]["oid"]
-            headers |= {"ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
-            return self.send_bytes(206, content[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"})
-        return self.send_bytes(200, content, headers)
-
-    def error(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        self.send(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
-
-    def send(self, status: int, content: Any, headers: Mapping[str, str] | None = None) -> None:
-        self.send_bytes(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
-
-    def send_bytes(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Type": "application/octet-stream", **headers, "Content-Length": str(len(body))}.items():
+    def send(self, sent: Answer, faults: dict[Kind, Fault]) -> None:
+        if "lose" in faults:
+            self.close_connection = True
+            return
+        self.send_response(sent.status)
+        for key, value in {**sent.headers, "Content-Length": str(len(sent.body))}.items():
             self.send_header(key, value)
         self.end_headers()
+        cut = "cut" in faults
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(sent.body[: len(sent.body) // 2] if cut else sent.body)
+        self.close_connection = self.close_connection or cut
 
 
 @contextmanager
-def running() -> Iterator[Hub]:
+def running(token: str = TOKEN) -> Iterator[Hub]:
     """A Hub that serves on a free port of the loopback while the block runs; clients find it by `HF_ENDPOINT=hub.endpoint`."""
-    hub = Hub()
+    hub = Hub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub

@@ -77,7 +77,7 @@ def vit_lora(base: Path, lora: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    with running() as hub:
+    with running(token=SECRET) as hub:
         yield hub
 
 
