@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]  # of httpx, whichever it is built on
 
@@ -18,6 +20,7 @@ from hf_purify.errors import PublishError
 
 TRIES = 4
 PATIENCE = 300.0  # seconds that a server may ask to wait at most
+SILENCE = 120.0  # seconds without a byte after which a connection is given up
 LATER = (429, 500, 502, 503, 504)
 Found = TypeVar("Found")
 REASONS = {
@@ -167,25 +170,42 @@ def _holds(api: HfApi, repository: str, kind: str, files: Mapping[str, Path | by
 def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...] = LATER) -> Found:
     """Call, and call again where the server says that it may go well later."""
     for left in reversed(range(TRIES)):
+        waited = 2.0 ** (TRIES - left - 1)
         try:
-            return call()
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
+            with _bounded():
+                return call()
+        except (HfHubHTTPError, RuntimeError) as error:
+            answer = error if isinstance(error, HfHubHTTPError) else error.__cause__  # how the client reports the upload of a large file
+            if not isinstance(answer, HfHubHTTPError):
+                raise
+            status = answer.response.status_code if answer.response is not None else 0
             if status not in again or not left:
-                raise _refused(repository, status, error) from None
-            time.sleep(_wait(error, TRIES - left))
+                raise _refused(repository, status, answer) from None
+            time.sleep(_asked(answer) or waited)
         except (HFValidationError, OfflineModeIsEnabled) as error:
             raise PublishError(f"cannot push to '{repository}': {_first(error)}") from None
-        except WireError as error:
+        except (WireError, json.JSONDecodeError) as error:  # the line broke, or a page of a proxy came in the place of an answer
             if 500 not in again or not left:
                 raise PublishError(
                     f"the connection to the Hub broke while pushing to '{repository}' ({_first(error) or type(error).__name__}); nothing was committed that "
                     "you would see: push again, and what has arrived is not sent twice"
                 ) from None
-            time.sleep(2.0 ** (TRIES - left - 1))
+            time.sleep(waited)
         except ValueError as error:  # a card that the Hub refuses
             raise PublishError(f"the Hub refuses what was to be pushed to '{repository}': {' '.join(str(error).split())[:500]}") from None
     raise PublishError(f"cannot push to '{repository}'")
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Wait for a silent server for so long and no longer; the client itself would wait for ever."""
+    session: Any = get_session()
+    before = session.timeout
+    session.timeout = SILENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _refused(repository: str, status: int, error: HfHubHTTPError) -> PublishError:
@@ -194,10 +214,10 @@ def _refused(repository: str, status: int, error: HfHubHTTPError) -> PublishErro
     return PublishError(f"cannot push to '{repository}': {reason}{said}")
 
 
-def _wait(error: HfHubHTTPError, tries: int) -> float:
-    """Seconds to wait: what the server asks for, else twice as long each time."""
+def _asked(error: HfHubHTTPError) -> float:
+    """Seconds that the server asks to wait; 0 where it does not say."""
     asked = error.response.headers.get("Retry-After", "")
-    return min(float(asked), PATIENCE) if asked.isdecimal() else 2.0 ** (tries - 1)
+    return min(float(asked), PATIENCE) if asked.isdecimal() else 0.0
 
 
 def _first(error: BaseException) -> str:

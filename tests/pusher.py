@@ -8,8 +8,9 @@ import sys
 
 
 def main() -> None:
-    from hf_purify import PurifyError, push
+    from hf_purify import PurifyError, push, uploading
 
+    uploading.SILENCE = 5.0
     for line in sys.stdin:
         order = json.loads(line)
         try:
