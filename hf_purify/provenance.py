@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_purify import output
 from hf_purify.adapter import Examples
 from hf_purify.bench import samples_of
+from hf_purify.companions import oddities
 from hf_purify.comparison import Comparison, Repair
 from hf_purify.method import Method
 from hf_purify.report import NeuronLayer, Report, Row
@@ -26,6 +27,12 @@ def remarks_of(session: Session, clean: Examples | None, test: Examples | None) 
     parts = {"clean samples": clean, "test samples": test}
     said = [remark for what, data in parts.items() if data is not None for remark in session.adapter.remarks(data, what)]
     return said + [remark for what, drawn in session.streams.items() for remark in remarks_of_stream(drawn, what, session.classes)]
+
+
+def beside(session: Session) -> list[str]:
+    """What is odd about the files beside the weights, which no repair touches."""
+    folder = session.loaded.folder
+    return [f"to look at, since no repair of weights changes it: {oddity}" for oddity in oddities(folder)] if folder else []
 
 
 def remarks_of_stream(drawn: Drawn, what: str, classes: int) -> list[str]:
@@ -68,7 +75,7 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
         curve=[dict(p) for p in verdict.curve],
         curve_chosen=chosen if isinstance(chosen, float) else None,
         samples=samples_of(session, comparison.bench, comparison.before, done.figures),
-        warnings=[*warnings_of(rows), *remarks_of(session, comparison.clean, comparison.bench.clean)],
+        warnings=[*warnings_of(rows), *remarks_of(session, comparison.clean, comparison.bench.clean), *beside(session)],
     )
     return report.attach(session.model, index, verdict)
 

@@ -213,6 +213,28 @@ print(done.repository, found.verdict, found.base, len(found.changed) > 0, found.
     assert shown == "True"
 
 
+def test_the_repair_as_an_adapter_of_peft(client: Client, hub: Hub, commits: dict[str, str], tmp_path: Path) -> None:
+    out, quick = tmp_path / "adapter", ("--method", "random_mask", "--samples", 40, "--no-controls", "--device", "cpu", "--as-adapter")
+    client(
+        "purify", "some-org/digits-net", "--revision", commits["model"], "--clean", "some-org/digits", "--split", "train", *quick, "-o", out
+    )
+    client("push", out, "me/digits-adapter")
+    card = hub.repositories["models", "me/digits-adapter"].files("main")["README.md"].content.decode()
+    assert "base_model: some-org/digits-net" in card
+    assert "base_model_relation: adapter" in card
+    assert "library_name: peft" in card
+    assert "consistent" in client("verify", "me/digits-adapter")
+    client("apply", "me/digits-adapter", "--to", f"some-org/digits-net@{commits['model']}", "-o", tmp_path / "applied")
+    same = client.python(
+        "import timm, torch; from peft import PeftModel\n"
+        f"base = timm.create_model('hf-hub:some-org/digits-net@{commits['model']}', pretrained=True)\n"
+        "mine = PeftModel.from_pretrained(base, 'me/digits-adapter').merge_and_unload().eval()\n"
+        f"whole = timm.create_model('local-dir:{tmp_path / 'applied'}', pretrained=True).eval()\n"
+        "x = torch.randn(2, 3, 32, 32); print(torch.allclose(mine(x), whole(x), atol=1e-4))"
+    )
+    assert same == "True"
+
+
 def test_clouds_by_accelerate_launch(client: Client, hub: Hub, tmp_path: Path) -> None:
     data = tmp_path / "train.parquet"
     bodies(20, 0).to_parquet(data)
