@@ -13,7 +13,8 @@ from typing import Any
 
 from hf_purify.errors import ModelError, shown
 
-# Keys, and the most that they may say: the first that fits counts. A library makes something for each one of the first four.
+# Keys, and the most that they may say: the first that fits counts. For layers and their like a library makes something one by one, so
+# that their limits are low; a size that is too large for the file's weights is found when the model is made (`room`).
 LIMITS = tuple(
     (re.compile(pattern), most)
     for pattern, most in (
@@ -28,16 +29,12 @@ LIMITS = tuple(
 ALLOWED = {"chunk_size", "num_images", "max_relative_positions"}  # where a negative number is a word for `no limit`
 # Of which a model has at least one.
 POSITIVE = re.compile(
-    r"(?:\w+_)?(?:hidden_size|num_attention_heads|patch_size|embed_dim)|intermediate_size|embedding_size|vocab_size|image_size|num_channels"
+    r"(?:\w+_)?(?:hidden_size|patch_size|embed_dim)|intermediate_size|embedding_size|vocab_size|image_size|num_channels"
     r"|d_model|d_ff|n_embd|n_heads?|in_channels|in_chans|height|width|shortest_edge|longest_edge|r"
 )
-COUNTED = re.compile(r"(?:num|n)_\w+|(?:\w+_)?sizes?|depths?|d_model|r")  # a switch under another such name is one, as `freeze_text_layers`
-UNSIZED = {
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "hf_purify.json",
-}  # nothing is made of their numbers
+COUNTED = re.compile(r"(?:num|n)_\w+|depths?")  # and the former; under other names there are switches, as `fixed_input_size`
+# Nothing is made of the numbers in these.
+UNSIZED = {"tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "hf_purify.json"}
 STAGES = re.compile(r"(?:\w+_)?(?:depths?|blocks|repeats)|layers")  # whose lists say how many layers each stage has
 LONGEST_LIST = 4096
 NAMED = {"id2label", "label2id"}  # whose keys are anything
@@ -71,11 +68,11 @@ def _problem(key: str, value: Any, lowest: int, most: int) -> str:
         case list():
             if len(value) > LONGEST_LIST:
                 return f"those are {len(value)} values"
-            found = next((p for v in value if (p := _problem(key, v, min(lowest, 0), most))), "")
+            found = next((p for v in value if (p := _problem(key, v, 0, most))), "")
             together = sum(v for v in value if type(v) is int) if STAGES.fullmatch(key) else 0
             return found or (f"those are {together} together" if together > most else "")
         case bool() | str():
-            return "it is no number" if COUNTED.fullmatch(key) else ""
+            return "it is no number" if COUNTED.fullmatch(key) or POSITIVE.fullmatch(key) else ""
         case float() if not math.isfinite(value):
             return "it is no finite number"
         case int() | float():

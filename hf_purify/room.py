@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
@@ -60,7 +61,16 @@ def bounded(folder: Path, source: str, spread: bool = False) -> Iterator[None]:
         stack.callback(hook.remove)
         hook = register_module_buffer_registration_hook(lambda m, n, b: count("buffers", m, n, b))
         stack.callback(hook.remove)
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if "allocate" not in str(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # a library that makes tensors before it registers them; what was asked for stands in the allocator's words
+            raise ModelError(
+                f"the config of '{source}' describes a larger model than the memory holds ({str(error).splitlines()[0]}); its weights hold "
+                f"{held:,} values"
+            ) from error
 
 
 def check_memory(needed: int, source: str, spread: bool = False) -> None:
