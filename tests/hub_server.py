@@ -52,6 +52,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # verb, path, Authorization header
         self.endpoint = ""
+        self.closed: dict[str, str] = {}  # repositories that are not public, and the token that opens each
 
     def push(self, kind: str, name: str, folder: Path, ref: str = "main") -> str:
         """Commit a folder's files to the repository of `kind` (models or datasets), made if need be; returns the commit."""
@@ -102,8 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
     def found(self, kind: str, name: str, revision: str) -> tuple[Repository, str] | None:
         """The repository and the commit; where one is missing, the answer has been sent."""
         repository = self.hub.repositories.get((kind, name))
-        if repository is None:
-            self.error(404, "RepoNotFound", "Repository not found")
+        token = self.hub.closed.get(name)
+        if repository is None or (token and self.headers.get("Authorization") != f"Bearer {token}"):
+            self.error(401 if token else 404, "RepoNotFound", "Repository not found")
             return None
         sha = repository.resolve(revision)
         if sha is None:
@@ -118,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository, sha = found
         files = repository.commits[sha]
         if what == "revision":
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
             facts = {"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": siblings, "lastModified": DATE}
             return self.send(200, facts)
         if what == "tree":
