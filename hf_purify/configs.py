@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,10 @@ DEEPEST = 32  # levels of lists and mappings
 # Their keys are labels, tokens and tensors, which a stranger may call anything.
 VOCABULARIES = {"id2label", "label2id", "weight_map", "vocab", "added_tokens_encoder"}
 OURS = "hf_purify"  # begins the keys of records that hf-purify itself wrote, and alone reads
-# Files that libraries open under the name which a config gives; other keys that end in `_file` too.
+# Files that libraries open under the name which a config gives; of a tokenizer, a processor or an adapter all keys that end in `_file`.
 FILES = {"transformers_weights", "source_spm", "target_spm", "vocab", "fast_tokenizer_files"}
 FIXED = {"special_tokens_map_file", "added_tokens_file", "tokenizer_config_file"}  # where a tokenizer lay once; read by fixed names
-FETCHED = {"url", "image", "images", "image_url", "video", "video_url", "audio", "audio_url", "path", *FILES}
+FETCHED = {"url", "image", "images", "image_url", "video", "video_url", "audio", "audio_url", *FILES}
 ADDRESS = re.compile(r"\s*(?:https?|ftp|file|data|s3|gs|hf)\s*:", re.IGNORECASE)
 # What `timm.create_model` would fetch or open, among the arguments that a config hands to it.
 TIMM_ARGUMENTS = {"model_args", "backbone_kwargs"}
@@ -61,8 +62,7 @@ def read_json(file: Path, source: str, largest: int = LARGEST_CONFIG) -> dict[st
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for i, k in enumerate(keys) if k in keys[:i])
+            twice = Counter(k for k, _ in pairs).most_common(1)[0][0]
             raise UnsafeCheckpoint(f"'{name}' of '{source}' has the key {shown(twice)} twice; which one counts depends on who reads it")
         return found
 
@@ -149,7 +149,7 @@ def _check_sources(found: Found, name: str, source: str, folder: Path) -> None:
     """Refuse names of files elsewhere, addresses that would be fetched, and second repositories."""
     key, value, where = found.key, found.value, f"'{name}' of '{source}' ({found.path})"
     if isinstance(value, str) and value and "pretrained_cfg" not in found.keys:  # timm is told to read the folder, whatever that says
-        opened = (key in FILES or key.endswith("_file")) and key not in FIXED
+        opened = key in FILES or (key.endswith("_file") and key not in FIXED and name != "config.json")
         if (opened or key in FETCHED) and ADDRESS.match(value):
             raise UnsafeCheckpoint(
                 f"{where} is the address {shown(value)}, which would be fetched or opened; put the file beside the config"

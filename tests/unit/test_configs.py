@@ -170,6 +170,7 @@ GOOD: dict[str, tuple[str, Any]] = {
         VIT | {"license_link": "https://example.org/license", "homepage": "https://example.org"},
     ),
     "where it was once": ("config.json", VIT | {"_name_or_path": "/home/someone/model", "name_or_path": "../model"}),
+    "a log of its training": ("config.json", VIT | {"log_file": "/home/someone/train.log", "path": "https://example.org"}),
     "where its tokens were once": (TOKENIZER, {"special_tokens_map_file": "/root/.cache/special_tokens_map.json", "name_or_path": "/x"}),
     "a plain vocabulary": (TOKENIZER, {"vocab_file": "vocab.txt", "merges_file": None, "model_max_length": 10**30}),
     "a template that names an address": (TOKENIZER, {"chat_template": "{# see https://example.org #}{{ messages }}"}),

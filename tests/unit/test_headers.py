@@ -182,7 +182,8 @@ def test_values_and_metadata_are_counted(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
 
 
-VALID = save({"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(1, dtype=torch.int16)}, {"format": "pt"})
+TENSORS = {"encoder.layer.0.weight": torch.arange(6.0).view(2, 3), "head": torch.zeros(0, 4), "count": torch.tensor(1, dtype=torch.int16)}
+VALID = save(TENSORS, {"format": "pt", "written by": "a test that needs some text which may change"})
 
 
 def agrees(file: Path, content: bytes) -> bool:
@@ -222,7 +223,7 @@ def test_changed_bytes_are_refused_or_read_alike(tmp_path: Path) -> None:
     accepted = 0
     for _ in range(2000):
         content = bytearray(VALID)
-        for _ in range(draw.randint(1, 3)):
+        for _ in range(draw.randint(1, 2)):
             at = draw.randrange(len(content))
             match draw.randrange(8):
                 case 0:
