@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_purify.adapter import Loaded, spread_over
-from hf_purify.errors import ModelError, did_you_mean
+from hf_purify.errors import ModelError, PurifyError, did_you_mean
+from hf_purify.room import bounded
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -88,8 +89,8 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
 
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{source}' cannot be read as a transformers model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # each type checks its settings in its own way
+        raise ModelError(f"'{source}' cannot be read as a transformers model: {first_line(error)}") from error
     if type(parsed) not in auto._model_mapping:
         raise ModelError(f"'{source}' is no {what}: transformers has none for models of type '{parsed.model_type}'")
     check_config(parsed, source)
@@ -101,12 +102,17 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
-    if (processes := spread_over()) > 1:
-        options["distributed_config"] = fsdp_config(parsed, auto, source, processes)
+    processes = spread_over()
     try:
-        model, info = auto.from_pretrained(folder, config=parsed, **options)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"the weights of '{source}' cannot be read: {str(error).splitlines()[0]}") from error
+        if processes > 1:
+            with bounded(folder, source, spread=True):
+                options["distributed_config"] = fsdp_config(parsed, auto, source, processes)
+        with bounded(folder, source, spread=processes > 1):
+            model, info = auto.from_pretrained(folder, config=parsed, **options)
+    except PurifyError:
+        raise
+    except Exception as error:  # as above, and what reading a file can raise
+        raise ModelError(f"the weights of '{source}' cannot be read: {first_line(error)}") from error
     brought = head.modules if head else ()
     missing, mismatched = (
         [k for k in info.get(kind) or () if not _inside(k if isinstance(k, str) else k[0], brought)]
@@ -114,6 +120,11 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
     )
     check_loaded(missing, mismatched, source)
     return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:

@@ -62,6 +62,16 @@ class NotAVictim(PurifyError):
     exit_code = 5
 
 
+def shown(value: Any, most: int = 80) -> str:
+    """What a stranger's file says, for a message: quoted, with what would steer a terminal escaped, and not too long.
+
+    >>> shown("a\\x1b[2J")
+    "'a\\\\x1b[2J'"
+    """
+    text = ascii(value[: most + 1]) if isinstance(value, (str, list)) else ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest of `choices`, or an empty string.
 

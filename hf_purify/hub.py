@@ -1,16 +1,36 @@
-"""Pull checkpoints: one pinned commit, an allow-list of files, safetensors only, no remote code."""
+"""Pull checkpoints: one pinned commit, an allow-list of files, safetensors only, no remote code.
+
+listing = names and sizes at one commit       # with no token; with the user's where the repository is not public
+refuse bad names, pickles alone, files too large
+fetch what the allow-list names, at that commit
+refuse links that leave, configs that ask for code or for other files, headers that are not what they should be
+"""
 
 from __future__ import annotations
 
-import json
+import glob
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
+from hf_purify.configs import CONFIGS, LARGEST_CONFIG, read_config, safe_config
 from hf_purify.errors import ModelError, UnsafeCheckpoint
+from hf_purify.filenames import check_links, check_listing
+from hf_purify.files import replace_text
+from hf_purify.weights import LARGEST_INDEX, check_weights
+
+__all__ = ["ALLOWED", "PICKLES", "Pulled", "check_folder", "pickle_error", "pull", "pull_config", "read_config", "safe_config"]
 
 ALLOWED = [
     "*.safetensors",
@@ -37,6 +57,14 @@ ALLOWED = [
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
 
 
+LARGEST_TEXT = 256 * 2**20  # bytes of a tokenizer or a vocabulary, which libraries read whole
+FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+class Unreached(Exception):
+    """The Hub does not answer, or must not be asked."""
+
+
 @dataclass(frozen=True)
 class Pulled:
     """A checkpoint's folder, and the commit it was read from (None for a local folder)."""
@@ -45,12 +73,20 @@ class Pulled:
     revision: str | None
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What a repository holds at one commit: the bytes of each file, None where the Hub does not say."""
+
+    commit: str
+    sizes: Mapping[str, int | None]
+
+
 def pull(source: str, revision: str | None = None) -> Pulled:
     """Return a folder with a checkpoint that is safe to read: the local folder itself, or a snapshot of a Hub repository.
 
     Raises:
-        UnsafeCheckpoint: only pickles are there, or the checkpoint asks for remote code.
-        ModelError: there is no such folder or repository, or no weights.
+        UnsafeCheckpoint: pickles, or a checkpoint that asks for remote code, or whose files are made to do harm.
+        ModelError: there is no such folder or repository, no weights, or broken ones.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -62,13 +98,9 @@ def pull(source: str, revision: str | None = None) -> Pulled:
         raise ModelError(f"expected a checkpoint folder or a Hub id, got the file '{source}'")
     _check_id(source)
     try:
-        # resolves the revision once and takes all files from that commit; without a network, from the cache
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=ALLOWED, token=False))
-        if not any(folder.glob("*.safetensors")):
-            listed = HfApi().model_info(source, revision=folder.name, token=False).siblings or []
-            _check_names([s.rfilename for s in listed], source)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"cannot read '{source}' from the Hub: {str(error).splitlines()[0]}") from error
+        folder = _public_first(lambda token: _snapshot(source, revision, token))
+    except FAILURES as error:
+        raise ModelError(f"cannot read '{source}' from the Hub: {_first_line(error)}") from error
     check_folder(folder, source)
     return Pulled(folder, folder.name)
 
@@ -88,10 +120,90 @@ def pull_config(source: str, revision: str | None = None) -> tuple[dict[str, Any
         return safe_config(file, source), None
     _check_id(source)
     try:
-        file = Path(hf_hub_download(source, "config.json", revision=revision, token=False))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"cannot read the config.json of '{source}' from the Hub: {str(error).splitlines()[0]}") from error
+        file = _public_first(lambda token: _fetched_config(source, revision, token))
+    except FAILURES as error:
+        raise ModelError(f"cannot read the config.json of '{source}' from the Hub: {_first_line(error)}") from error
     return safe_config(file, source), file.parent.name
+
+
+def _public_first(read: Callable[[str | bool], Path]) -> Path:
+    """Read with no token, and once more with the user's where there is one and the Hub says that the repository is not public."""
+    try:
+        return read(False)
+    except HfHubHTTPError as error:
+        token = get_token()
+        if token is None or not (isinstance(error, RepositoryNotFoundError) or _status(error) == 401):
+            raise
+        return read(token)
+
+
+def _snapshot(source: str, revision: str | None, token: str | bool) -> Path:
+    """The folder in the Hub's cache with the files that are wanted, of one commit; with no network, what the cache has."""
+    try:
+        listing = _list(source, revision, token)
+    except Unreached as unreached:
+        only: Any = {"allow_patterns": ALLOWED, "ignore_patterns": ["*/*"], "local_files_only": True}
+        return _cached(lambda: snapshot_download(source, revision=revision, token=token, **only), unreached)
+    _check_names(list(listing.sizes), source)
+    wanted = [name for name in listing.sizes if "/" not in name and any(fnmatch(name, p) for p in ALLOWED)]
+    for name in wanted:
+        _check_size(name, listing.sizes[name], source)
+    patterns = [glob.escape(name) for name in wanted]
+    folder = Path(snapshot_download(source, revision=listing.commit, allow_patterns=patterns, token=token))
+    _remember(folder, revision, listing.commit)
+    return folder
+
+
+def _fetched_config(source: str, revision: str | None, token: str | bool) -> Path:
+    """The file in the Hub's cache; with no network, what the cache has."""
+    try:
+        listing = _list(source, revision, token)
+    except Unreached as unreached:
+        return _cached(lambda: hf_hub_download(source, "config.json", revision=revision, token=token, local_files_only=True), unreached)
+    if "config.json" not in listing.sizes:
+        raise ModelError(f"no config.json in '{source}'; expected a checkpoint of transformers or timm")
+    _check_size("config.json", listing.sizes["config.json"], source)
+    file = Path(hf_hub_download(source, "config.json", revision=listing.commit, token=token))
+    _remember(file.parent, revision, listing.commit)
+    return file
+
+
+def _cached(read: Callable[[], str], unreached: Unreached) -> Path:
+    """What the Hub's cache has of a repository that cannot be asked for."""
+    try:
+        return Path(read())
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(f"{unreached}, and the cache has no complete copy") from error
+
+
+def _list(source: str, revision: str | None, token: str | bool) -> Listing:
+    """What a repository holds at the commit that `revision` names now, its names checked."""
+    try:
+        found = HfApi().model_info(source, revision=revision, files_metadata=True, token=token)
+    except HFValidationError:
+        raise
+    except Exception as error:  # without a network the HTTP library raises errors of its own, other ones in each version
+        if isinstance(error, HfHubHTTPError) and _status(error) < 500:
+            raise
+        raise Unreached(f"it cannot be reached ({_first_line(error)})") from error
+    sizes = {s.rfilename: s.size for s in found.siblings or []}
+    check_listing(sizes, ALLOWED, source)
+    if not found.sha:
+        raise ModelError(f"cannot read '{source}' from the Hub: it names no commit")
+    return Listing(found.sha, sizes)
+
+
+def _status(error: HfHubHTTPError) -> int:
+    """The status of an answer of the Hub; 500 where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", 500)
+
+
+def _remember(folder: Path, revision: str | None, commit: str) -> None:
+    """Note in the Hub's cache what commit a branch or tag named, by which it is found offline."""
+    if revision != commit:
+        ref = folder.parents[1] / "refs" / (revision or "main")
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(ref, commit)
 
 
 def _check_id(source: str) -> None:
@@ -99,54 +211,36 @@ def _check_id(source: str) -> None:
         raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
 
 
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """What the config of a pulled checkpoint says; empty where there is none or it is no JSON object."""
-    try:
-        config = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_names(names: list[str], source: str) -> None:
-    if not any(n.endswith(".safetensors") for n in names):
+    if not any(n.endswith(".safetensors") and "/" not in n for n in names):
         pickles = [n for n in names if n.endswith(PICKLES)]
         if pickles:
             raise pickle_error(source, pickles)
         raise ModelError(f"'{source}' holds no weights; expected model.safetensors")
 
 
+def _check_size(name: str, size: int | None, source: str) -> None:
+    """Refuse a file that would be read whole and is larger than any of its kind."""
+    most = LARGEST_CONFIG if name in CONFIGS else LARGEST_INDEX if name.endswith(".index.json") else LARGEST_TEXT
+    if size is not None and size > most and not name.endswith(".safetensors"):
+        raise UnsafeCheckpoint(f"'{name}' of '{source}' has {size} bytes; expected at most {most}")
+
+
 def check_folder(folder: Path, source: str) -> None:
-    """Refuse a folder without safetensors, and a config that asks for code of its own."""
-    _check_names([p.name for p in folder.iterdir() if p.is_file()], source)
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"):
-        file = folder / name
-        if file.is_file():
+    """Refuse a folder without safetensors, one whose files lead out of it, and configs and weights that are not safe to read."""
+    check_links(folder, source)
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    _check_names([p.name for p in files], source)
+    for file in files:
+        if any(fnmatch(file.name, p) for p in ALLOWED):
+            _check_size(file.name, file.stat().st_size, source)
+        if file.name in CONFIGS:
             safe_config(file, source)
-
-
-def safe_config(file: Path, source: str) -> dict[str, Any]:
-    """What a config says.
-
-    Raises:
-        ModelError: it is no JSON object.
-        UnsafeCheckpoint: it asks for code of its own.
-    """
-    name = file.name
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"'{name}' of '{source}' is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"'{name}' of '{source}' must hold a JSON object, got {type(config).__name__}")
-    if "auto_map" in config:
-        raise UnsafeCheckpoint(
-            f"'{source}' wants to run its own code ({name}: auto_map); hf-purify never does. If the architecture is part of transformers, save the model under it first"
-        )
-    private = [k for k in config if k.startswith("_attn_implementation") or k == "kernel_config"]
-    if private:
-        raise UnsafeCheckpoint(f"'{source}' sets the private key '{private[0]}' in {name}, which can load foreign code; remove it")
-    return config
+    check_weights(folder, source)
 
 
 def pickle_error(source: str, files: list[str]) -> UnsafeCheckpoint:

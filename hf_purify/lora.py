@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ModelError, UnsafeCheckpoint
+from hf_purify.errors import ModelError, UnsafeCheckpoint, shown
+from hf_purify.headers import read_header
 from hf_purify.hub import ALLOWED, pickle_error, read_config
 from hf_purify.neurons import NeuronIndex
 from hf_purify.task import movable
@@ -60,7 +61,18 @@ def read_lora(folder: Path, source: str) -> dict[str, Any] | None:
             f"'{source}' is an adapter of type {config.get('peft_type')}; only LoRAs are repaired by themselves: merge it into its base, and "
             "repair the merged model"
         )
+    _check_rank(config, folder / WEIGHTS, source)
     return config
+
+
+def _check_rank(config: Mapping[str, Any], weights: Path, source: str) -> None:
+    """Refuse a rank that no stored tensor has, before units are made for it."""
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    longest = max((side for t in read_header(weights).tensors.values() for side in t.shape), default=0)
+    wrong = next((r for r in ranks if not isinstance(r, int) or not 1 <= r <= longest), None)
+    if wrong is not None:
+        raise ModelError(f"the LoRA '{source}' says that its rank is {shown(wrong)}; the longest side of its tensors is {longest}")
 
 
 def wanted_base(config: Mapping[str, Any], source: str) -> ModelError:

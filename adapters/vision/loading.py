@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ModelError
+from hf_purify.errors import ModelError, PurifyError
+from hf_purify.room import bounded
 
-from .._checkpoints import Made, copy_companions, load_transformers, read_config
+from .._checkpoints import Made, copy_companions, first_line, load_transformers, read_config
 from .._classifiers import of_module
 from .._prepared import Prepare
 
@@ -36,7 +37,13 @@ def _load_timm(folder: Path, source: str, revision: str | None) -> Loaded:
     config = read_config(folder)
     if config["architecture"] not in timm.list_models():
         raise ModelError(f"timm has no architecture '{config['architecture']}', which '{source}' names")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    try:
+        with bounded(folder, source):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except PurifyError:
+        raise
+    except Exception as error:  # each architecture checks its settings in its own way
+        raise ModelError(f"no '{config['architecture']}' of timm can be made of the config of '{source}': {first_line(error)}") from error
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ModelError(f"no model.safetensors in '{folder}'")

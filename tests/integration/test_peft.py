@@ -395,7 +395,7 @@ class TestRefusedLora:
         with pytest.raises(ModelError, match="no valid JSON"):
             attempt(folder)
         shutil.copy(victims["bert"] / "adapter_config.json", folder)
-        (folder / "model.safetensors").write_bytes(b"")
+        save_file({}, folder / "model.safetensors")
         with pytest.raises(ModelError, match="holds a checkpoint and an adapter"):
             attempt(folder)
         (folder / "model.safetensors").unlink()

@@ -11,11 +11,13 @@ import pytest
 from hf_purify.errors import ModelError, UnsafeCheckpoint
 from hf_purify.hub import ALLOWED, PICKLES, pull
 
+SAFETENSORS = (2).to_bytes(8, "little") + b"{}"  # the smallest valid file, of no tensors
+
 
 def checkpoint(folder: Path, *files: str, config: dict[str, Any] | None = None) -> str:
     folder.mkdir(exist_ok=True)
     for name in files:
-        (folder / name).write_bytes(b"")
+        (folder / name).write_bytes(SAFETENSORS if name.endswith(".safetensors") else b"")
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "vit"}))
     return str(folder)
 
