@@ -9,9 +9,12 @@ import math
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_purify.redaction import one_line
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from rich.table import Table
 
     from hf_purify.metrics import Proportion
@@ -57,18 +60,18 @@ def grid(report: Report) -> tuple[list[str], list[tuple[Row, list[list[Cell]]]]]
     judged = any(row.clean_accuracy is not None for row in rows) or not useful
     robust = judged or any(row.robust_accuracy for row in rows)
     n_asr, n_robust = (_common(p for row in rows for p in getattr(row, key).values()) for key in ("asr", "robust_accuracy"))
-    heads = ["Model", *[f"Clean accuracy{_n(n_clean)}"] * judged, *map(_line, useful)]
+    heads = ["Model", *[f"Clean accuracy{_n(n_clean)}"] * judged, *map(one_line, useful)]
     if triggers:
-        of = "" if many else f" {_line(triggers[0])}"
+        of = "" if many else f" {one_line(triggers[0])}"
         heads += ["Trigger"] * many + [f"ASR{of}{_n(n_asr)}"] + [f"Robust accuracy{_n(n_robust)}", "DER"] * robust
     heads.append("Seconds")
     lines = []
     for row in rows:
         kind = "" if row.label == row.name else f"({row.kind})"
-        first, last = [Cell(_line(row.name), kind), *[_share(row.clean_accuracy, n_clean)] * judged], Cell(_number(row.seconds, ".1f"))
+        first, last = [Cell(one_line(row.name), kind), *[_share(row.clean_accuracy, n_clean)] * judged], Cell(_number(row.seconds, ".1f"))
         first += [Cell(_number(row.utility.get(name), ".2f")) for name in useful]
         attacks = [
-            [Cell(_line(t))] * many
+            [Cell(one_line(t))] * many
             + [_share(row.asr.get(t), n_asr)]
             + [_share(row.robust_accuracy.get(t), n_robust), Cell(_percent(row.der.get(t)))] * robust
             for t in triggers
@@ -115,26 +118,29 @@ def terminal_table(report: Report) -> Table:
 
 def page(report: Report) -> str:
     """A page that needs nothing else: no network, no script; light, dark and on paper."""
-    import jinja2
-
-    source = importlib.resources.files("hf_purify_hub_cards").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     heads, rows = grid(report)
-    template = environment.from_string(source)
-    return template.render(
+    return template("report.html.j2").render(
         report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=_pictures(report), zip=zip
     )
 
 
-def _line(text: str) -> str:
-    """One printable line: no line breaks, no terminal escapes."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def template(name: str) -> Template:
+    """A page of `hub_cards`; every value that it shows is escaped, and passes through `one_line`."""
+    import jinja2
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    source = importlib.resources.files("hf_purify_hub_cards").joinpath(name).read_text("utf-8")
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(autoescape=True, finalize=shown, **options).from_string(source)
 
 
 def _markdown(text: str) -> str:
-    r"""Escape what Markdown or HTML would read: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
+    r"""Escape what Markdown or HTML would read, addresses too: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
     text = html.escape(text, quote=False)
-    return re.sub(r"([\\`*|]|\](?=[(\[:]))", r"\\\1", text)
+    return re.sub(r"([\\`*|~]|\](?=[(\[:])|:(?=//)|(?<=www)\.|@)", r"\\\1", text, flags=re.IGNORECASE)
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -165,13 +171,13 @@ def _share(p: Proportion | None, n: int | None) -> Cell:
 
 def _display(name: str) -> str:
     """Short method names are acronyms: `nft+fine_tune` reads `NFT+fine_tune`."""
-    return "+".join(part.upper() if len(part) <= 4 else part for part in _line(name).split("+"))
+    return "+".join(part.upper() if len(part) <= 4 else part for part in one_line(name).split("+"))
 
 
 def _state(row: Row) -> str:
-    attacks = [f"{_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items() if p.n]
+    attacks = [f"{one_line(t)} succeeds on {_percent(p.value)} of triggered samples{_n(p.n)}" for t, p in row.asr.items() if p.n]
     accuracy = row.clean_accuracy
-    figures = ", ".join(f"a {_line(name)} of {value:.2f}" for name, value in row.utility.items())
+    figures = ", ".join(f"a {one_line(name)} of {value:.2f}" for name, value in row.utility.items())
     known = [f"has {figures} on clean samples"] if figures else []
     known += [f"classifies {_percent(accuracy.value)} of clean samples correctly{_n(accuracy.n)}"] if accuracy and accuracy.n else []
     if attacks and not known:
@@ -180,7 +186,7 @@ def _state(row: Row) -> str:
 
 
 def _attack_change(trigger: str, before: Proportion, after: Proportion) -> str:
-    old, new, of = _percent(before.value), _percent(after.value), f"the attack success rate of {_line(trigger)}"
+    old, new, of = _percent(before.value), _percent(after.value), f"the attack success rate of {one_line(trigger)}"
     if after.interval[1] < before.interval[0]:
         return f"lowered {of} from {old} to {new}{_n(after.n)}"
     if after.interval[0] > before.interval[1]:
@@ -192,7 +198,7 @@ def _use_change(before: Row, after: Row) -> str:
     """What happened to the first figure of use: clean accuracy, or one like BLEU."""
     if before.clean_accuracy is None and (name := next((n for n in before.utility if n in after.utility), None)) is not None:
         old, new = f"{before.utility[name]:.2f}", f"{after.utility[name]:.2f}"
-        return f"left {_line(name)} at {old}" if old == new else f"took {_line(name)} from {old} to {new}"
+        return f"left {one_line(name)} at {old}" if old == new else f"took {one_line(name)} from {old} to {new}"
     return _accuracy_change(before.clean_accuracy, after.clean_accuracy)
 
 
