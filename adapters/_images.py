@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -15,7 +16,7 @@ from ._sources import source_of
 PIXELS = 2**26  # of a picture
 BYTES = 2**28  # of its file
 # Of those that Pillow reads, the ones that data sets are made of: others run programs (EPS) or are read by what few have looked at.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
 
 
 def open_image(cell: Any, what: str, mode: str | None = None) -> Any:
@@ -33,7 +34,7 @@ def open_image(cell: Any, what: str, mode: str | None = None) -> Any:
         return cell
     source = source_of(cell, what, BYTES)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             _check_size(image.size, what)
             image.load()
             if image.getexif().get(ExifTags.Base.Orientation) is not None:
@@ -42,9 +43,16 @@ def open_image(cell: Any, what: str, mode: str | None = None) -> Any:
     except DataError:
         raise
     except Image.UnidentifiedImageError:
-        raise DataError(f"{what} is no picture that can be read (of {', '.join(FORMATS)})") from None
+        raise DataError(f"{what} is no picture that can be read ({', '.join(_formats())})") from None
     except Exception as error:  # each of Pillow's decoders fails in its own way
         raise DataError(f"{what} cannot be decoded as a picture: {str(error) or type(error).__name__}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_size(size: tuple[int, int], what: str) -> None:
