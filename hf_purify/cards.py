@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_purify import rendering
+from hf_purify.redaction import one_line
 
 if TYPE_CHECKING:
     from hf_purify.evidence import Provenance
@@ -149,9 +150,9 @@ def _figures(row: Row) -> list[dict[str, Any]]:
         figures.append(
             {"type": "accuracy", "value": round(row.clean_accuracy.value, 6), "name": f"clean accuracy (n={row.clean_accuracy.n})"}
         )
-    figures += [{"type": _slug(n), "value": round(v, 6), "name": rendering.one_line(n)} for n, v in row.utility.items()]
+    figures += [{"type": _slug(n), "value": round(v, 6), "name": one_line(n)} for n, v in row.utility.items()]
     figures += [
-        {"type": "attack_success_rate", "value": round(p.value, 6), "name": rendering.one_line(f"attack success rate, {t} (n={p.n})")}
+        {"type": "attack_success_rate", "value": round(p.value, 6), "name": one_line(f"attack success rate, {t} (n={p.n})")}
         for t, p in row.asr.items()
         if p.n
     ]

@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, get_args, get_origin
 
+from hf_purify.redaction import redacted
+
 
 class PurifyError(Exception):
-    """Base of all deliberate errors. The command line prints its message and exits with `exit_code`."""
+    """Base of all deliberate errors. The command line prints its message and exits with `exit_code`. No message holds a token."""
 
     exit_code = 2
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(redacted(part) if isinstance(part, str) else part for part in parts))
 
 
 class UnknownName(PurifyError):

@@ -280,7 +280,7 @@ def command(recipe: Recipe) -> str:
 
     job = "purify" if isinstance(recipe, PurifyRecipe) else "implant" if isinstance(recipe, ImplantRecipe) else "measure"
     settings = recipe.to_dict()
-    parts = ["hf-purify", job, str(settings.pop("model", ""))]
+    parts = ["hf-purify", job, shlex.quote(str(settings.pop("model", "")))]
     for key, value in settings.items():
         if key in ("overwrite", "output", "push", "private", "create_pr"):
             continue

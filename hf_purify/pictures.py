@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hf_purify.redaction import lines
+
 if TYPE_CHECKING:
     from hf_purify.report import NeuronLayer, Row, Sample
 
@@ -268,8 +270,9 @@ def _value(point: dict[str, Any], key: str) -> float:
 
 
 def _literal(artist: Artist) -> bool:
-    """Take labels literally: a `$` in a class name is no formula."""
+    """Take labels literally: a `$` in a class name is no formula, and a token is not shown."""
     if isinstance(artist, Text):
+        artist.set_text(lines(artist.get_text()))
         artist.set_parse_math(False)
         artist.set_usetex(False)
     return False

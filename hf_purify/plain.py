@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_purify.errors import ConfigError, did_you_mean
+from hf_purify.redaction import redacted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,20 +38,22 @@ def checked(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Only what JSON knows: tensors and arrays become lists, NaN and infinity None, anything else its text."""
-    if value is None or isinstance(value, bool | int | str):
+    """Only what JSON knows: tensors and arrays become lists, NaN and infinity None, anything else its text. Texts hold no tokens."""
+    if isinstance(value, str):
+        return redacted(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {redacted(str(k)): plain(v) for k, v in value.items()}
     if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
         return [plain(v) for v in value]
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+    return plain(value.tolist()) if hasattr(value, "tolist") else redacted(str(value))
 
 
 def encoded(picture: np.ndarray) -> str:

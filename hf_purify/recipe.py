@@ -13,6 +13,7 @@ from typing import Any, Self, get_type_hints
 import yaml
 
 from hf_purify.errors import ConfigError, checked_type, did_you_mean, unknown
+from hf_purify.redaction import redacted
 
 # `option=value` between commas; a value that is all in quotes or brackets may hold commas itself.
 ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\{[^}]*\})(?=\s*(?:,|$))|[^,]+""")
@@ -138,7 +139,7 @@ class Recipe:
         return cls.make(**{**content, **overrides, **nested})
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings that differ from the defaults; objects by their type's name."""
+        """Settings that differ from the defaults; objects by their type's name, and no tokens."""
         defaults = {
             f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(self)
         }
@@ -333,10 +334,12 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (str, int, float, bool, type(None))):
+    if isinstance(value, (str, Path)):
+        return redacted(str(value))
+    if isinstance(value, (int, float, bool, type(None))):
         return value
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else f"<{type(value).__name__}>"
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    return f"<{type(value).__name__}>"

@@ -9,9 +9,12 @@ import math
 import re
 from collections.abc import Collection, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_purify.redaction import one_line
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from rich.table import Table
 
     from hf_purify.metrics import Proportion
@@ -115,26 +118,29 @@ def terminal_table(report: Report) -> Table:
 
 def page(report: Report) -> str:
     """A page that needs nothing else: no network, no script; light, dark and on paper."""
-    import jinja2
-
-    source = importlib.resources.files("hf_purify_hub_cards").joinpath("report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     heads, rows = grid(report)
-    template = environment.from_string(source)
-    return template.render(
+    return template("report.html.j2").render(
         report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=pictures_of(report), zip=zip
     )
 
 
-def one_line(text: str) -> str:
-    """One printable line: no line breaks, no terminal escapes."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def template(name: str) -> Template:
+    """A page of `hub_cards`; every value that it shows is escaped, and passes through `one_line`."""
+    import jinja2
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    source = importlib.resources.files("hf_purify_hub_cards").joinpath(name).read_text("utf-8")
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(autoescape=True, finalize=shown, **options).from_string(source)
 
 
 def markdown_text(text: str) -> str:
-    r"""One line with what Markdown or HTML would read escaped: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays as it is."""
+    r"""One line with what Markdown or HTML would read escaped, addresses too: `a|b` becomes `a\|b`; `[93.5, 94.8]` is no link and stays so."""
     text = html.escape(one_line(text), quote=False)
-    return re.sub(r"([\\`*|]|\](?=[(\[:]))", r"\\\1", text)
+    return re.sub(r"([\\`*|~]|\](?=[(\[:])|:(?=//)|(?<=www)\.|@)", r"\\\1", text, flags=re.IGNORECASE)
 
 
 def _number(value: float | None, spec: str) -> str:

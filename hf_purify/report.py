@@ -6,6 +6,7 @@ Here are the figures; `plain` is their way into JSON and back, `rendering` makes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ KINDS = ("unrepaired", "method", "control", "oracle", "other")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 REMOVED = 0.01
 BINS = 256
+# What a terminal or an editor obeys, and JSON may hold as it is: controls beyond ASCII, marks of direction, lone surrogates.
+STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 @dataclass
@@ -147,7 +150,7 @@ class Sample:
 
     def to_dict(self, pixels: bool = False) -> dict[str, Any]:
         """JSON-able; with `pixels` the pictures come along as base64 PNG."""
-        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("clean", "triggered")}
+        out = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("clean", "triggered")}
         pictures = {"clean": self.clean, "triggered": self.triggered} if pixels else {}
         return out | {name: encoded(picture) for name, picture in pictures.items() if picture is not None}
 
@@ -207,7 +210,8 @@ class Report:
         return {f.name: samples if f.name == "samples" else plain(getattr(self, f.name)) for f in fields(self)}
 
     def to_json(self, pixels: bool = False) -> str:
-        return json.dumps(self.to_dict(pixels), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(self.to_dict(pixels), indent=1, ensure_ascii=False, allow_nan=False)
+        return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:

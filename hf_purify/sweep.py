@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import re
 import shlex
@@ -29,7 +28,9 @@ from tqdm.auto import tqdm
 from hf_purify.errors import ConfigError, PurifyError, unknown
 from hf_purify.files import replace_text, replacing
 from hf_purify.recipe import MeasureRecipe, PurifyRecipe, Recipe, read_pairs
+from hf_purify.redaction import redacted
 from hf_purify.registry import make_method
+from hf_purify.rendering import template
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
 KINDS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "measure": MeasureRecipe}
@@ -127,6 +128,7 @@ def read_jobs(models: Path, out: Path, kind: str, preset: Path | None, settings:
                 continue
             merged = {**settings, **read_pairs(own), "model": model, "output": str(out)}
             made = KINDS[kind].read(preset, **merged) if preset else KINDS[kind].make(**merged)
+            _check_open(made)
             if isinstance(made, PurifyRecipe):
                 make_method(made.method, **made.options)
         except (PurifyError, ValueError) as error:
@@ -138,6 +140,12 @@ def read_jobs(models: Path, out: Path, kind: str, preset: Path | None, settings:
     if not jobs:
         raise ConfigError(f"the list '{models}' names no model; expected one a line")
     return list(jobs.values())
+
+
+def _check_open(recipe: Recipe) -> None:
+    """Raises ConfigError for settings that hold a token or a password: those of a job are written to its file."""
+    if redacted(text := str(vars(recipe))) != text:
+        raise ConfigError("its settings hold a token or a password, and a sweep writes them to files: log in, or set HF_TOKEN, instead")
 
 
 def run_jobs(jobs: Sequence[Job], workers: int = 1) -> None:
@@ -249,15 +257,12 @@ COLUMNS: dict[str, str] = {
 def write_table(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
     """Write `sweep.parquet` and `sweep.html` of all jobs; gives the rows."""
     import datasets
-    import jinja2
 
     rows = [row(job) for job in jobs]
     out.mkdir(parents=True, exist_ok=True)
     features = datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()})
     with replacing(out / "sweep.parquet") as work:
         datasets.Dataset.from_list(rows, features=features).to_parquet(str(work))
-    source = importlib.resources.files("hf_purify_hub_cards").joinpath("sweep.html.j2").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     counts = {status: sum(r["status"] == status for r in rows) for status in (DONE, FAILED, MISSING)}
-    replace_text(out / "sweep.html", page.render(rows=rows, counts=counts))
+    replace_text(out / "sweep.html", template("sweep.html.j2").render(rows=rows, counts=counts))
     return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pyarrow.dataset
 import torch
 from huggingface_hub import HfApi
@@ -60,9 +61,29 @@ class Selection:
 
 
 def read_each(rows: Tensor, title: str, read: Callable[[int], Any]) -> list[Any]:
-    """What `read` makes of each row, behind a progress bar."""
+    """What `read` makes of each row, behind a progress bar.
+
+    Raises:
+        DataError: all together would not fit the memory that is free: pictures of a small file can be large.
+    """
     listed: Iterable[int] = tqdm(rows.tolist(), desc=title, delay=2.0, leave=False, disable=None)
-    return [read(i) for i in listed]
+    found: list[Any] = []
+    room = psutil.virtual_memory().available
+    for i in listed:
+        found.append(read(i))
+        parts = found[-1] if isinstance(found[-1], tuple) else (found[-1],)
+        room -= sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        if room < 0:
+            raise DataError(
+                f"the memory is full at row {i}, after {len(found)} of {len(rows)} samples: draw fewer (samples), or scale them down"
+            )
+    return found
+
+
+def stored_cells(data: datasets.Dataset, name: str) -> Callable[[int], Any]:
+    """The cells of a column as they are stored, by row: datasets would decode a picture whatever its size, and fetch what lies elsewhere."""
+    rows = data.select_columns([name]).with_format("arrow")
+    return lambda i: rows[i].column(0)[0].as_py()
 
 
 def open_data(data: Any, split: str | None = None, revision: str | None = None, loose: str | None = None) -> datasets.Dataset:

@@ -34,6 +34,7 @@ IMPORT_NAMES = {
 # A module imports from its own layer and from those below it. What is not named is APART: it serves the purifier, and no part of
 # the method stack imports it.
 LAYERS = [
+    {"redaction"},
     {"errors", "files"},
     {"filenames", "headers", "limits"},
     {"configs"},

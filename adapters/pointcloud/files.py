@@ -19,7 +19,8 @@ from .._folders import LABEL, files_in, table_of
 
 MESHES = (".off", ".ply", ".obj")
 SAMPLED = 2048  # points that are drawn from the surface of a mesh
-LARGEST = 2 * 2**30  # bytes that an array or a mesh may hold
+LARGEST = 2 * 2**30  # bytes that arrays may hold, in the file and as float32
+LARGEST_MESH = 2**28  # bytes of its file; in memory, a text becomes several times as large
 POINTS = "points"
 
 
@@ -74,6 +75,8 @@ def _read_arrays(path: Path) -> datasets.Dataset:
     points, labels = arrays[POINTS], arrays[LABEL]
     if points.dtype.kind not in "fiu" or points.ndim != 3 or points.shape[2] != 3:
         raise DataError(f"'{path}': {POINTS} must be numbers of the shape (N, P, 3), got {points.dtype} {points.shape}")
+    if points.size * 4 > LARGEST:
+        raise DataError(f"'{path}' holds {points.size // 3:,} points; {LARGEST // 12:,} are the most. Give it in parts")
     if labels.dtype.kind not in "iu" or labels.shape != points.shape[:1]:
         raise DataError(f"'{path}': {LABEL} must be {len(points)} class numbers, got {labels.dtype} {labels.shape}")
     named = arrays.get("classes")
@@ -96,9 +99,9 @@ def read_mesh(file: str, seed: int = 0) -> np.ndarray:
         raise MissingExtra("meshes need trimesh: pip install 'hf-purify[pointcloud]'") from error
     path = Path(file)
     kind = path.suffix.lower().removeprefix(".")
-    if path.stat().st_size > LARGEST:
-        raise DataError(f"the mesh '{file}' has {path.stat().st_size / 2**30:.1f} GiB; {LARGEST // 2**30} is the most")
-    options = {"skip_materials": True} if kind == "obj" else {}
+    if path.stat().st_size > LARGEST_MESH:
+        raise DataError(f"the mesh '{file}' has {path.stat().st_size / 2**20:,.0f} MiB; {LARGEST_MESH // 2**20} are the most")
+    options = {} if kind == "off" else {"skip_materials": True}
     try:  # from memory: what a file names beside itself, such as materials, is not looked for
         found = trimesh.load(io.BytesIO(path.read_bytes()), file_type=kind, process=False, **options)
         if isinstance(found, trimesh.Scene):
@@ -110,8 +113,8 @@ def read_mesh(file: str, seed: int = 0) -> np.ndarray:
             raise DataError(f"the mesh '{file}' has no faces to draw points from")
         if not np.isfinite(vertices).all():
             raise DataError(f"the mesh '{file}' has vertices that are NaN or infinite")
-        if not found.area > 0:
-            raise DataError(f"the faces of the mesh '{file}' have no area to draw points from")
+        if not 0 < found.area < np.inf:
+            raise DataError(f"the faces of the mesh '{file}' have no area to draw points from" + " (it is infinite)" * bool(found.area))
         return np.asarray(trimesh.sample.sample_surface(found, SAMPLED, seed=seed)[0])
     except DataError:
         raise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_purify.errors import ConfigError, DataError
 
+from .chat import check_template
 from .sample import Text
 
 CLASSIFIER, SEQ2SEQ, CAUSAL = "classifier", "sequence-to-sequence", "causal"
@@ -104,6 +105,7 @@ class Prompt:
 
         Raises:
             DataError: an answer of no tokens, or a dialogue that the chat template cannot render.
+            UnsafeCheckpoint: a chat template that takes too much, or reaches for more than the dialogue.
         """
         if not raws:
             return []
@@ -127,6 +129,8 @@ class Prompt:
 
     def _continued(self, raws: Sequence[Text], answers: list[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and what follows them, in tokens: those of the whole text where it begins with the prompt's, else of the answer alone."""
+        if self.chat_template and (spoken := [(r, a) for r, a in zip(raws, answers, strict=True) if r.chat]):
+            check_template(self.tokenizer, [[*self._turns(raw), {"role": "assistant", "content": answer}] for raw, answer in spoken])
         parts = [self._parts(raw, answer) for raw, answer in zip(raws, answers, strict=True)]
         special = not any(raw.chat for raw in raws)
         read = self._ids([p for p, _ in parts], special)
@@ -166,10 +170,14 @@ class Prompt:
         apart = not prompt or prompt[-1].isspace() or not answer or answer[0].isspace()
         return prompt, answer if apart else f" {answer}"
 
+    def _turns(self, raw: Text) -> list[dict[str, str]]:
+        """What was said up to the question that is to be answered."""
+        return [{"role": role, "content": content} for role, content in (*raw.before, ("user", self._filled(raw.text)))]
+
     def _dialogue(self, raw: Text, answer: str) -> tuple[str, str]:
         if not self.chat_template:
             raise DataError("the data holds dialogues, and the tokenizer has no chat template; use a checkpoint with one, or other columns")
-        turns = [{"role": role, "content": content} for role, content in (*raw.before, ("user", self._filled(raw.text)))]
+        turns = self._turns(raw)
         try:
             prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             whole = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)

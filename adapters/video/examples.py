@@ -11,12 +11,14 @@ import torch
 
 from hf_purify.adapter import Loaded
 from hf_purify.errors import DataError
-from hf_purify.tables import Selection, find_column, open_data, read_each
+from hf_purify.tables import Selection, find_column, open_data, read_each, stored_cells
 
 from .._folders import FILE, files_in, table_of
+from .._images import open_image
 from .._prepared import PreparedExamples
+from .._sources import source_of
 from ..vision.examples import decode
-from .clips import Decoded, read_clip, spread
+from .clips import LARGEST, Decoded, read_clip, spread
 from .loading import frames_of, preparer
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -47,16 +49,12 @@ def read_clips(data: Any, loaded: Loaded, classes: int, wanted: Selection, to_rg
     chosen, labels = wanted.labelled(opened, classes, loaded.labels, "clip")
     listed = FILE in opened.features and "video" not in wanted.columns
     name = FILE if listed else find_column(opened, wanted.columns.get("video"), "video", _is_clip)
-    rows = opened.select_columns([name])
-    if isinstance(opened.features[name], datasets.Video):
-        rows = rows.cast_column(name, datasets.Video(decode=False))
-    elif not listed and not _is_frames(opened.features[name]):
-        raise DataError(f"column '{name}': expected lists of images or videos, got {opened.features[name]}")
-    fps = getattr(loaded.processor, "fps", None)
-    try:
-        read = read_each(chosen, "decode clips", lambda i: _read(rows[i][name], frames, fps, to_rgb, f"clip {i}"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"a clip of column '{name}' cannot be decoded: {error}") from error
+    feature = opened.features[name]
+    if not listed and not _is_clip(name, feature):
+        raise DataError(f"column '{name}': expected lists of images or videos, got {feature}")
+    cells, fps = stored_cells(opened, name), getattr(loaded.processor, "fps", None)
+    mode = feature.feature.mode if _is_frames(feature) else None
+    read = read_each(chosen, "decode clips", lambda i: _read(cells(i), frames, fps, mode, to_rgb, f"clip {i}"))
     found = ClipExamples([clip for clip, _ in read], labels, preparer(loaded.processor))
     found.short = sum(there < frames for _, there in read)
     return found
@@ -70,14 +68,19 @@ def _is_clip(_: str, feature: Any) -> bool:
     return isinstance(feature, datasets.Video) or _is_frames(feature)
 
 
-def _read(clip: Any, frames: int, fps: float | None, to_rgb: bool, what: str) -> Decoded:
-    if isinstance(clip, (str, bytes)):
-        return read_clip(clip, frames, fps)
-    if isinstance(clip, Mapping):  # a video that datasets did not decode
-        return read_clip(clip.get("bytes") or str(clip.get("path")), frames, fps)
+def _read(clip: Any, frames: int, fps: float | None, mode: str | None, to_rgb: bool, what: str) -> Decoded:
+    """A clip as it is stored: a video, or a list of frames.
+
+    Args:
+        frames, fps: as in `read_clip`.
+        mode, to_rgb: of the frames, as in `open_image` and `decode`.
+        what: for messages.
+    """
+    if isinstance(clip, (str, bytes, Mapping)):
+        return read_clip(source_of(clip, what, LARGEST), frames, fps)
     if not clip:
         raise DataError(f"{what} has no frames")
-    seen = {i: decode(clip[i], 3, to_rgb) for i in dict.fromkeys(spread(len(clip), frames))}
+    seen = {i: decode(open_image(clip[i], f"frame {i} of {what}", mode), 3, to_rgb) for i in dict.fromkeys(spread(len(clip), frames))}
     sizes = {tuple(f.shape[1:]) for f in seen.values()}
     if len(sizes) > 1:
         raise DataError(f"{what} has frames of several sizes: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}; scale them alike")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_purify.adapter import Loaded
 from hf_purify.errors import DataError
-from hf_purify.tables import Selection, find_column, open_data, read_each
+from hf_purify.tables import Selection, find_column, open_data, read_each, stored_cells
 
+from .._images import open_image
 from .._prepared import PreparedExamples
 from .loading import preparer
 
@@ -62,10 +63,13 @@ def decode_column(data: datasets.Dataset, name: str, rows: Tensor, channels: int
     Raises:
         DataError: one cannot be decoded.
     """
-    column = data.select_columns([name])
-    if not isinstance(data.features[name], datasets.Image):
-        column = column.cast_column(name, datasets.Image())
-    try:
-        return read_each(rows, "decode images", lambda i: decode(column[i][name], channels, to_rgb))
-    except (OSError, ValueError) as error:
-        raise DataError(f"an image of column '{name}' cannot be decoded: {error}") from error
+    feature = data.features[name]
+    if not isinstance(feature, datasets.Image):
+        feature = datasets.Image()
+        data = data.select_columns([name]).cast_column(name, feature)
+    cells = stored_cells(data, name)
+
+    def read(i: int) -> Tensor:
+        return decode(open_image(cells(i), f"row {i} of column '{name}'", feature.mode), channels, to_rgb)
+
+    return read_each(rows, "decode images", read)

@@ -14,12 +14,15 @@ import typer
 
 from hf_purify.cli import hub
 from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, given_settings, with_shared
+from hf_purify.cli.shield import Group, say
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
 from hf_purify.errors import unknown
 from hf_purify.recipe import presets, read_pairs, read_settings
+from hf_purify.redaction import one_line
 
 app = typer.Typer(
     name="hf-purify",
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -146,10 +149,12 @@ def sweep(
         rows = sweep_models(models, output, job, file, read_pairs(settings or []), workers=workers, only=only, collect=collect)
         failed = [row for row in rows if row["status"] == FAILED]
         for row in failed:
-            typer.secho(f"failed: {row['model']}: {row['message']}", fg="red", err=True)
+            say(f"failed: {row['model']}: {row['message']}", "red")
         if only is None:
             done = sum(row["status"] == DONE for row in rows)
-            typer.echo(f"{done} done, {len(failed)} failed, {len(rows) - done - len(failed)} not run; written to {output / 'sweep.html'}")
+            typer.echo(
+                f"{done} done, {len(failed)} failed, {len(rows) - done - len(failed)} not run; written to {one_line(str(output))}/sweep.html"
+            )
         if failed:
             raise typer.Exit(6)
 

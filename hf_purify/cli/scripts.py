@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hf_purify.cli.shield import Command
 from hf_purify.cli.terminal import errors, quiet, run_job
 from hf_purify.recipe import read_settings
 
@@ -35,7 +36,7 @@ def run_script(job: str, arguments: list[str]) -> None:
 
     command.__doc__ = f"Run one {job} job on any number of processes: accelerate launch -m hf_purify_recipes.{job} PRESET key=value ..."
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    script.command()(command)
+    script.command(cls=Command)(command)
     script(arguments)
 
 

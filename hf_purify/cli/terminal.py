@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hf_purify.cli.shield import defect, say, shield_logs
 from hf_purify.errors import PurifyError
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
+from hf_purify.redaction import lines, one_line
 
 if TYPE_CHECKING:
     from hf_purify.estimate import Estimate
@@ -34,16 +36,22 @@ def run_job(job: str, preset: Path | None, settings: dict[str, Any], as_json: bo
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130, and SIGTERM 143."""
+    """Deliberate errors become one line on stderr and their exit code; Ctrl-C becomes 130, SIGTERM 143, and a defect its traceback and 1."""
+    shield_logs()
     before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         yield
     except PurifyError as error:
-        typer.secho(_said(f"error: {error}", error), fg="red", err=True)
+        say(_said(f"error: {error}", error), "red")
         raise typer.Exit(error.exit_code) from None
     except (KeyboardInterrupt, Terminated) as reason:
-        typer.secho(_said("interrupted; nothing was left half-written", reason), fg="yellow", err=True)
+        say(_said("interrupted; nothing was left half-written", reason), "yellow")
         raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        typer.echo(_speaker() + defect(error), err=True)
+        raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -91,19 +99,21 @@ def show_report(report: Report, output: str | None, as_json: bool) -> None:
         typer.echo(report.to_json())
         return
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(report.table())
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), " ", lines(warning, indent="  ")), highlight=False)
     if output:
-        console.print(f"written to [bold]{output}[/] (start with report.html)", highlight=False)
+        console.print(Text.assemble("written to ", (one_line(output), "bold"), " (start with report.html)"), highlight=False)
 
 
 def show_estimate(found: Estimate) -> None:
     """Two lines on model and repair, and a row for each number of processes, in GiB."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     plan, parts = found.plan, ("weights", "gathered", "gradients", "optimizer", "kept", "passing", "total")
     learns = f"a mask over {found.neurons:,} neurons" if found.neurons else "all weights"
@@ -115,11 +125,11 @@ def show_estimate(found: Estimate) -> None:
         hours = [f"{row.seconds / 3600:.2f}"] if row.seconds is not None else []
         table.add_row(str(row.processes), "yes" if row.checkpointing else "no", *sizes, f"{row.flops / 1e15:.4g}", *hours)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(
-        f"[bold]{found.architecture}[/], {found.parameters:,} parameters in {found.dtype}\n"
+    told = (
+        f", {found.parameters:,} parameters in {found.dtype}\n"
         f"{plan.method} learns {learns}: {found.steps:,} steps of {found.batch_size} samples of {found.sample}, "
-        f"each {found.forward / 1e15:.4g} PFLOP forward and {found.backward / 1e15:.4g} backward",
-        highlight=False,
+        f"each {found.forward / 1e15:.4g} PFLOP forward and {found.backward / 1e15:.4g} backward"
     )
+    console.print(Text.assemble((one_line(found.architecture), "bold"), lines(told)), highlight=False)
     console.print(table)
     console.print("GiB and operations of each process, predicted from the config; with several processes under FSDP2", highlight=False)

@@ -185,20 +185,22 @@ def test_data_of_no_use_to_a_model_that_writes(
     assert not list(tmp_path.iterdir())
 
 
-TEMPLATES = {
-    "raises": ("{{ raise_exception('only one message, please') }}", "only one message, please"),
-    "calls what is not there": ("{{ messages[9]['content'] + 1 }}", "the chat template failed"),
-    "is no template": ("{% for m in %}", "the chat template failed: TemplateSyntaxError"),
-    "reaches for the machine": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed: SecurityError"),
-    "loops": ("{% for i in range(10 ** 9) %}x{% endfor %}", "the chat template failed: OverflowError"),
+TEMPLATES: dict[str, tuple[str, type[PurifyError], str]] = {
+    "raises": ("{{ raise_exception('only one message, please') }}", DataError, "only one message, please"),
+    "calls what is not there": ("{{ messages[9]['content'] + 1 }}", DataError, "the chat template failed"),
+    "is no template": ("{% for m in %}", DataError, "the chat template failed: TemplateSyntaxError"),
+    "loops": ("{% for i in range(10 ** 9) %}x{% endfor %}", DataError, "the chat template failed: OverflowError"),
+    "reaches for the machine": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", UnsafeCheckpoint, "is not used.*SecurityError"),
 }
 
 
-@pytest.mark.parametrize(("template", "message"), TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.parametrize(("template", "error", "message"), TEMPLATES.values(), ids=TEMPLATES.keys())
 @pytest.mark.timeout(60)
-def test_chat_templates_that_fail(template: str, message: str, stored: Callable[[str], Path], tmp_path: Path) -> None:
+def test_chat_templates_that_fail(
+    template: str, error: type[PurifyError], message: str, stored: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = chatting(changed(stored("gpt2"), tmp_path / "model"), template)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(error, match=message):
         measure(str(model), DIALOGUE, device="cpu")
 
 

@@ -78,7 +78,7 @@ def commits(hub: Hub, victim: Path, stored: Path) -> dict[str, str]:
 
 
 DATA = ("--clean", "some-org/digits", "--split", "train", "--test", "some-org/digits", "--test-split", "test", "--trigger", TRIGGER)
-REPAIR = ("--method", "rnp", "--samples", 200, "--no-controls", "--device", "cpu")
+REPAIR = ("--method", "nft", "--option", "steps=20", "--samples", 200, "--no-controls", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

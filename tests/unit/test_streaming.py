@@ -268,10 +268,10 @@ def repair(clean: Any, adapter: str = "vision", variant: str | None = None, **se
 class TestRepairs:
     @pytest.fixture
     def seen(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-        """How many images were decoded so far."""
+        """How many images were opened so far, by whomever."""
         calls: list[int] = []
-        decode = datasets.Image.decode_example
-        monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: (calls.append(1), decode(*a, **k))[1])
+        opened = Image.open
+        monkeypatch.setattr(Image, "open", lambda *a, **k: (calls.append(1), opened(*a, **k))[1])
         return lambda: len(calls)
 
     @pytest.fixture
