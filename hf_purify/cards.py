@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_purify import rendering
-from hf_purify.redaction import one_line
+from hf_purify.redaction import one_line, redacted
 
 if TYPE_CHECKING:
     from hf_purify.evidence import Provenance
@@ -94,7 +94,7 @@ def make_card(report: Report, provenance: Provenance, name: str, base_card: Mapp
         limits=[*_untested(report), *LIMITS],
         files=[(f, _short(before.get(f)), _short(after.get(f))) for f in shown],
     )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return redacted(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
 
 
 def metadata(report: Report, provenance: Provenance, name: str, base_card: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,5 +239,4 @@ def _fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = ["".join(c if c.isprintable() or c == "\t" else " " for c in line) for line in text.splitlines()]
-    return "\n".join([f"{fence}{language}", *lines, fence])
+    return "\n".join([f"{fence}{language}", *map(one_line, text.splitlines()), fence])

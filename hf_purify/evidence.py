@@ -155,7 +155,8 @@ def write_provenance(out: Path, kind: str, report: Report, base: Path | None, ca
         base: folder of the checkpoint that it was made from; None where that lay in memory.
         card: makes the text of the card.
     """
-    checkpoint, facts, mask = report.checkpoint, report.to_dict(), out / MASK_FILE
+    facts, mask = report.to_dict(), out / MASK_FILE
+    checkpoint = facts["checkpoint"]
     compared = kind == "checkpoint" and base is not None
     found = Provenance(
         kind,

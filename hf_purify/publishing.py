@@ -28,6 +28,7 @@ from hf_purify.uploading import Target, Uploaded, look, upload
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".onnx", ".bin.index.json", *PICKLES)
 PAPERS = ("report.json", "report.html", "recipe.yaml")
 LOWER_IS_BETTER = ("perplexity",)
+ROUNDING = 1e-9  # of a difference of two shares
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def checked_folder(folder: Path, config: PushConfig) -> Provenance:
             "the repair alone cannot be pushed: its method trained weights, so mask and base do not make the result. Push the whole checkpoint, or "
             "repair with a method that scales neurons"
         )
-    if (cost := cost_of(provenance)) and cost[1] > config.tolerance and not config.force:
+    if (cost := cost_of(provenance)) and cost[1] > config.tolerance + ROUNDING and not config.force:
         raise PublishError(
             f"the repair cost {cost[1]:.1f} {cost[2]} of {cost[0]}, more than the tolerance of {config.tolerance:g}: repair it more gently, raise "
             "tolerance (--tolerance), or push it nevertheless with force=True (--force)"

@@ -24,7 +24,7 @@ from hf_purify import output
 from hf_purify.adapter import Adapter
 from hf_purify.bench import Bench, Figures, figures, make_row, open_bench, rule_of, samples_of
 from hf_purify.comparison import control_rows, open_comparison, oracle_rows
-from hf_purify.errors import ConfigError, NotAVictim, unknown
+from hf_purify.errors import ConfigError, NotAVictim, PurifyError, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
 from hf_purify.provenance import describe_model, describe_stream, make_report, name_of, remarks_of, report_repair
@@ -102,7 +102,11 @@ def run_purify(recipe: PurifyRecipe) -> Report:
             write(out)
     finish(comparison.session, rows)
     if recipe.push is not None and comparison.session.accelerator.is_main_process:
-        report.push_to_hub(recipe.push, private=recipe.private, create_pr=recipe.create_pr)
+        try:
+            report.push_to_hub(recipe.push, private=recipe.private, create_pr=recipe.create_pr)
+        except PurifyError as error:
+            error.add_note(f"the repair was written to '{recipe.output}', and can be pushed from there (hf-purify push)")
+            raise
     return report
 
 

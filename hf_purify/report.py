@@ -190,7 +190,6 @@ class Report:
     task: str
     checkpoint: dict[str, Any] = field(default_factory=dict)
     clean: dict[str, Any] = field(default_factory=dict)
-    test: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     layers: list[NeuronLayer] = field(default_factory=list)
@@ -201,6 +200,7 @@ class Report:
     seed: int = 0
     command: str = ""
     warnings: list[str] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format: str = FORMAT
 

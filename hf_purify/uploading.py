@@ -184,7 +184,11 @@ def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...
             time.sleep(_asked(answer) or waited)
         except (HFValidationError, OfflineModeIsEnabled) as error:
             raise PublishError(f"cannot push to '{repository}': {_first(error)}") from None
-        except (WireError, json.JSONDecodeError) as error:  # the line broke, or a page of a proxy came in the place of an answer
+        except (
+            WireError,
+            ConnectionError,
+            json.JSONDecodeError,
+        ) as error:  # the line broke, or a page of a proxy came in the place of an answer
             if 500 not in again or not left:
                 raise PublishError(
                     f"the connection to the Hub broke while pushing to '{repository}' ({_first(error) or type(error).__name__}); nothing was committed that "

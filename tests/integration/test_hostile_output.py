@@ -128,6 +128,12 @@ def check_page(text: str) -> None:
     assert not STEERING.search(text)
 
 
+def outside_of_code(card: str) -> str:
+    """A card without its code blocks, in which nothing is read as Markdown, and without what the template itself writes as code."""
+    text = re.sub(r"^(`{3,})[a-z]*\n.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`(?:[\w .-]+|[0-9a-f]{16})`|^!\[[^\]]*\]\(pictures/\w+\.png\)$", "", text, flags=re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_hostile_names_are_dead(checkpoint: Path, stored: Path, tmp_path: Path) -> None:
     model = tmp_path / "a\x1b[2J<script>x<br>[red]\u202e|`]( $(touch owned)"
@@ -142,7 +148,7 @@ def test_hostile_names_are_dead(checkpoint: Path, stored: Path, tmp_path: Path) 
     samples = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["samples"]
     assert {s["label"] for s in samples} <= set(NAMES), "JSON keeps names as they are"
     assert not STEERING.search((tmp_path / "out" / "report.json").read_text("utf-8"))
-    for line in (tmp_path / "out" / "README.md").read_text("utf-8").splitlines():
+    for line in outside_of_code((tmp_path / "out" / "README.md").read_text("utf-8")).splitlines():
         assert not re.search(r"<\w|(?<!\\)`|(?<!\\)\]\(|https?://", line)
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text("utf-8"))
     assert recipe["model"] == str(model)

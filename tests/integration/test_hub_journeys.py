@@ -33,13 +33,8 @@ class Client:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {
-            "HF_ENDPOINT": self.hub.endpoint,
-            "HF_HOME": str(self.home),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_OFFLINE": "0",
-            "HF_DATASETS_OFFLINE": "0",
-        }
+        online = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0")
+        return online | {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home), "HF_TOKEN": TOKEN}
 
     def __call__(self, *arguments: object, fails: int = 0) -> str:
         command = [sys.executable, "-m", "hf_purify", *map(str, arguments)]
@@ -78,7 +73,7 @@ def commits(hub: Hub, victim: Path, stored: Path) -> dict[str, str]:
 
 
 DATA = ("--clean", "some-org/digits", "--split", "train", "--test", "some-org/digits", "--test-split", "test", "--trigger", TRIGGER)
-REPAIR = ("--method", "nft", "--option", "steps=20", "--samples", 200, "--no-controls", "--device", "cpu")
+REPAIR = ("--method", "nft", "--option", "steps=6", "--option", "norms=eval", "--samples", 200, "--no-controls", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

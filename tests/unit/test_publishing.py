@@ -73,7 +73,7 @@ def test_a_victim_is_pushed_only_if_that_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "tolerance", "refused"), [(4, 2.0, False), (5, 2.0, True), (5, 3.0, False), (1, 0.0, True), (-3, 0.0, False)]
+    ("lost", "tolerance", "refused"), [(4, 2.0, False), (6, 3.0, False), (5, 2.0, True), (5, 3.0, False), (1, 0.0, True), (-3, 0.0, False)]
 )
 def test_a_repair_that_cost_more_than_the_tolerance_is_refused(lost: int, tolerance: float, refused: bool, tmp_path: Path) -> None:
     output_at(tmp_path, report_of(cost=lost))
