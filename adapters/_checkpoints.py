@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from hf_purify.adapter import Loaded, spread_over
 from hf_purify.errors import ModelError, PurifyError, did_you_mean
 from hf_purify.room import bounded
 
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+PAPERS = ("report.json", "provenance.json")  # of an earlier repair
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -282,14 +285,13 @@ def of_live(model: Any, processor: Any, labels: list[str] | None = None) -> Load
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy what lies beside the weights (processor, tokenizer, label files), except what the output has already."""
+    """Copy what lies beside the weights (processor, tokenizer, label files, licence), byte for byte, except what the output has already.
+
+    `generation_config.json` is the one file that transformers would write anew. Programs are never carried over.
+    """
     for file in source.iterdir():
-        if (
-            file.is_file()
-            and not file.name.endswith(WEIGHT_FILES)
-            and file.name.lower() not in ("readme.md", ".gitattributes")
-            and not (out / file.name).exists()
-        ):
+        carried = any(fnmatch(file.name, p) for p in COMPANIONS) and not file.name.endswith(WEIGHT_FILES) and file.name not in PAPERS
+        if file.is_file() and carried and (file.name == "generation_config.json" or not (out / file.name).exists()):
             shutil.copyfile(file, out / file.name)
 
 

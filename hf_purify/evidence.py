@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_purify.companions import changes, oddities
 from hf_purify.errors import ConfigError, OutputError
+from hf_purify.filenames import check_name
 from hf_purify.files import replace_text
 from hf_purify.folding import PROVENANCE, read_fold
 from hf_purify.hub import ALLOWED
@@ -72,6 +73,7 @@ class Provenance:
 
         Raises:
             ConfigError: another format, unknown or missing keys, or values of the wrong type.
+            UnsafeCheckpoint: it names files outside its folder.
         """
         if isinstance(data, Mapping) and data.get("format") != FORMAT:
             raise ConfigError(f"{FILE}: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
@@ -96,7 +98,9 @@ class Provenance:
 
 
 def _check_files(found: Any, where: str) -> None:
-    """Raises ConfigError where entries are no hashes."""
+    """Raises ConfigError where entries are no hashes, UnsafeCheckpoint where a name leads elsewhere."""
+    for name in found if isinstance(found, dict) else ():
+        check_name(name, FILE)
     good = isinstance(found, dict) and all(
         isinstance(f, dict) and HASH.fullmatch(str(f.get("sha256"))) and isinstance(f.get("bytes"), int) for f in found.values()
     )

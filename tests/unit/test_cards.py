@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from papers import SHA, output_at, report_of
 
 from hf_purify.cards import make_card
-from hf_purify.errors import ConfigError
+from hf_purify.errors import ConfigError, UnsafeCheckpoint
 from hf_purify.evidence import FILE, Provenance, read_provenance
 from hf_purify.report import Row
 
@@ -158,6 +158,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "files of a wrong type": ({"files": []}, "files: expected dict"),
     "no hash": ({"files": {"a": {"sha256": "x", "bytes": 1}}}, "must map file names to sha256 and bytes"),
     "no size": ({"files": {"a": {"sha256": "0" * 64}}}, "must map file names to sha256 and bytes"),
+    "file outside": ({"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}}, "names the file '../../etc/passwd'"),
     "base that is no commit": ({"base": {"source": "a/b", "revision": "main"}}, "40 hexadecimal digits, got 'main'"),
     "base of a wrong type": ({"base": {"source": 7}}, "base must name a source"),
     "oddities of a wrong type": ({"oddities": "x"}, "oddities: expected list"),
@@ -169,5 +170,5 @@ def test_provenance_of_a_stranger_is_checked(change: Any, said: str, tmp_path: P
     output_at(tmp_path)
     file = tmp_path / "out" / FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change if isinstance(change, dict) else change))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, UnsafeCheckpoint), match=said):
         read_provenance(tmp_path / "out")
