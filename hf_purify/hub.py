@@ -17,11 +17,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from hf_purify.configs import CONFIGS, LARGEST_CONFIG, read_config, safe_config
@@ -100,7 +102,7 @@ def pull(source: str, revision: str | None = None) -> Pulled:
     try:
         folder = _public_first(lambda token: _snapshot(source, revision, token))
     except FAILURES as error:
-        raise ModelError(f"cannot read '{source}' from the Hub: {_first_line(error)}") from error
+        raise ModelError(f"cannot read '{source}' from the Hub: {_reason(error, revision)}") from error
     check_folder(folder, source)
     return Pulled(folder, folder.name)
 
@@ -122,7 +124,7 @@ def pull_config(source: str, revision: str | None = None) -> tuple[dict[str, Any
     try:
         file = _public_first(lambda token: _fetched_config(source, revision, token))
     except FAILURES as error:
-        raise ModelError(f"cannot read the config.json of '{source}' from the Hub: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config.json of '{source}' from the Hub: {_reason(error, revision)}") from error
     return safe_config(file, source), file.parent.name
 
 
@@ -213,6 +215,17 @@ def _check_id(source: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """Why a repository cannot be read, and what to do."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated: ask for access on its page, and log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no branch, tag or commit '{revision}'"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such model, or it is private: log in with `hf auth login` as somebody who may read it"
+    return _first_line(error)
 
 
 def _check_names(names: list[str], source: str) -> None:

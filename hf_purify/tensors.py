@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +15,12 @@ from torch import Tensor
 
 from hf_purify.errors import ModelError
 from hf_purify.masks import MASK_FILE
+from hf_purify.weights import check_weights
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: the shards of its index where it has one, else all safetensors but a mask's."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
-        return [folder / name for name in sorted(set(shards))]
-    return sorted(p for p in folder.glob("*.safetensors") if p.name != MASK_FILE)
+    """The files that hold a checkpoint's weights, their headers checked: the whole model, or its shards; never a mask's."""
+    return [folder / name for name in check_weights(folder, str(folder)) if name != MASK_FILE]
 
 
 class Tensors(Mapping[str, Tensor]):

@@ -115,7 +115,13 @@ def test_token_is_sent_only_for_what_is_not_public(hub: Hub, pulled: Any) -> Non
     commit, public = pushed(hub, "me/closed", GOOD), pushed(hub, "org/open", GOOD)
     hub.repositories["models", "me/closed"].private = True
     without, config = pulled("me/closed", "config me/closed")
-    assert without.startswith("ModelError: cannot read 'me/closed' from the Hub")
+    assert without == (
+        "ModelError: cannot read 'me/closed' from the Hub: there is no such model, or it is private: log in with `hf auth login` as somebody who may read it"
+    )
+    assert pulled("org/open@nowhere") == ["ModelError: cannot read 'org/open' from the Hub: it has no branch, tag or commit 'nowhere'"]
+    hub.repositories["models", "org/open"].gated = "auto"
+    assert "it is gated: ask for access on its page" in pulled("org/open")[0]
+    hub.repositories["models", "org/open"].gated = False
     assert config.startswith("ModelError: cannot read the config.json of 'me/closed' from the Hub")
     assert all(token is None for *_, token in hub.requests)
     hub.requests.clear()
