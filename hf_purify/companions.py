@@ -14,14 +14,13 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
-from hf_purify.errors import UnsafeCheckpoint
-
 PATTERNS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.txt", "*.model"),
     *("chat_template.jinja", "chat_template.json", "*preprocessor_config.json", "processor_config.json", "generation_config.json"),
 )
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json")
 SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_decoder_ids")
+LONGEST = 2**20  # letters of a template
 SEARCHES = ("startswith", "endswith", "find", "rfind", "index", "count")
 FORCING = ("forced_bos_token_id", "forced_eos_token_id")
 
@@ -46,12 +45,8 @@ def changes(base: Path, result: Path) -> dict[str, str]:
 
 
 def oddities(folder: Path) -> list[str]:
-    """What a reader should look at in the companions of a checkpoint, each in a sentence; most have an honest reason.
-
-    Raises:
-        UnsafeCheckpoint: a chat template is no template.
-    """
-    found = [f"{name}: {remark}" for name, text in _templates(folder) for remark in _template_remarks(text, name)]
+    """What a reader should look at in the companions of a checkpoint, each in a sentence; most have an honest reason."""
+    found = [f"{name}: {remark}" for name, text in _templates(folder) for remark in _template_remarks(text)]
     found += _label_remarks(_labels(_read(folder / "config.json")))
     generation = _read(folder / "generation_config.json")
     for key in SUPPRESSING:
@@ -105,17 +100,16 @@ def _templates(folder: Path) -> Iterator[tuple[str, str]]:
         yield from ((name, str(t["template"])) for t in several if isinstance(t, dict) and t.get("template"))
 
 
-def _template_remarks(text: str, name: str) -> list[str]:
-    """What a template does besides laying messages out: decisions that hang on their text, and sentences of its own."""
+def _template_remarks(text: str) -> list[str]:
+    """What a template does besides laying messages out: decisions that hang on their text."""
+    if len(text) > LONGEST:
+        return [f"the chat template has {len(text):,} letters, too many to be looked at"]
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
     except (TemplateSyntaxError, RecursionError) as error:
-        raise UnsafeCheckpoint(f"the chat template in {name} is no template: {error}") from error
-    remarks = []
+        return [f"the chat template is none: {error}"]
     words = sorted({word for node in tree.find_all((nodes.Compare, nodes.Call)) for word in _looked_for(node)})
-    if words:
-        remarks.append(f"the chat template decides by the text of a message (it looks for {', '.join(map(repr, words[:3]))})")
-    return remarks
+    return [f"the chat template decides by the text of a message (it looks for {', '.join(map(repr, words[:3]))})"] if words else []
 
 
 def _without_generation(text: str) -> str:

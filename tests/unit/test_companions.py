@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from hf_purify.companions import changes, oddities
-from hf_purify.errors import UnsafeCheckpoint
 
 PLAIN = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
 GENERATION = "{% for m in messages %}{%- generation %}{{ m.content }}{%- endgeneration %}{% endfor %}"
@@ -47,6 +46,9 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         "it looks for 'cf'",
     ),
     "in a processor's": ({"chat_template__json": {"chat_template": decides("'cf' in m.content")}}, "chat_template.json: the chat"),
+    "no template": ({"chat_template__jinja": "{% for %}"}, "chat_template.jinja: the chat template is none"),
+    "nested without end": ({"chat_template__jinja": "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}"}, "the chat template is none"),
+    "endless template": ({"chat_template__jinja": "a" * 2_000_000}, "has 2,000,000 letters, too many to be looked at"),
     "permuted classes": ({"config__json": {"id2label": {"0": "1", "1": "0", "2": "2"}}}, "class 0 is named '1', and 1 more"),
     "permuted LABEL_": ({"config__json": {"id2label": {"0": "LABEL_1", "1": "LABEL_0"}}}, "class 0 is named 'LABEL_1'"),
     "one name twice": ({"config__json": {"id2label": {"0": "cat", "1": "cat"}}}, "gives the name 'cat' to several classes"),
@@ -95,11 +97,6 @@ HONEST: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("files", HONEST.values(), ids=HONEST)
 def test_what_is_honest_is_not_odd(files: dict[str, Any], tmp_path: Path) -> None:
     assert oddities(folder(tmp_path / "model", **files)) == []
-
-
-def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsafeCheckpoint, match=r"the chat template in chat_template\.jinja is no template"):
-        oddities(folder(tmp_path / "model", chat_template__jinja="{% for %}"))
 
 
 def test_real_tokenizers_are_not_odd(data_dir: Path) -> None:
