@@ -76,7 +76,9 @@ def look(repository: str, kind: str = "model") -> Target:
         api = HfApi()
         if get_token() is None:
             raise PublishError(f"cannot push to '{repository}': {REASONS[401]}")
-        api.whoami()
+        role = (api.whoami().get("auth") or {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise PublishError(f"cannot push to '{repository}': {REASONS[403]}")
         try:
             found: Any = api.repo_info(repository, repo_type=kind)
         except RepositoryNotFoundError:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import elsewhere, launch
-from hub_server import TOKEN, Hub, running
+from hub_server import READ_TOKEN, TOKEN, Hub, running
 from safetensors.torch import load_file, save_file
 from sentences import FILLERS, TOPICS, tokenizer, topics
 
@@ -28,13 +28,13 @@ class Client:
     """Programs that know one Hub, with a token and an empty cache."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
-        self.hub, self.home = hub, home
+        self.hub, self.home, self.token = hub, home, TOKEN
         self.said = ""
 
     @property
     def environment(self) -> dict[str, str]:
         online = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0")
-        return online | {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home), "HF_TOKEN": TOKEN}
+        return online | {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home), "HF_TOKEN": self.token}
 
     def __call__(self, *arguments: object, fails: int = 0) -> str:
         command = [sys.executable, "-m", "hf_purify", *map(str, arguments)]
@@ -106,6 +106,15 @@ def test_pictures_by_the_command_line(client: Client, hub: Hub, commits: dict[st
         "import timm; m = timm.create_model('hf-hub:me/digits-purified', pretrained=True); print(m.num_classes, m.pretrained_cfg['hf_hub_id'])"
     )
     assert labels == "10 me/digits-purified"
+
+
+@pytest.mark.parametrize(("token", "said"), [("", "log in with `hf auth login`"), (READ_TOKEN, "your token may not write there")])
+def test_a_push_that_cannot_be_is_told_before_the_repair(token: str, said: str, client: Client, hub: Hub, tmp_path: Path) -> None:
+    client.token = token
+    client("purify", "some-org/digits-net", *DATA, *REPAIR, "-o", tmp_path / "out", "--push", "me/nothing", fails=2)
+    assert said in client.said
+    assert not (tmp_path / "out").exists()
+    assert not [path for _, path, _ in hub.requests if "some-org" in path], "nothing was read for it"
 
 
 def test_figures_are_measured_again(client: Client, repaired: Path) -> None:
