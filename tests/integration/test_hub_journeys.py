@@ -1,4 +1,4 @@
-"""Journeys over HTTP: pull, purify, push, pull again, verify; pictures by the command line, clouds by `accelerate launch`, texts by Python."""
+"""Journeys over HTTP: pull, purify, push, pull again, verify; of pictures, texts and clouds, by the command line, `accelerate launch` and Python."""
 
 from __future__ import annotations
 
@@ -177,10 +177,13 @@ def test_a_pull_request_on_the_model_itself(client: Client, hub: Hub, repaired: 
     assert found["verdict"] == "identical"
 
 
-def test_texts_by_python(client: Client, hub: Hub, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def topics_base(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small BERT with a tokenizer, a card and a data set; its folder and commit."""
     from transformers import AutoModelForSequenceClassification, BertConfig
 
-    base, words = tmp_path / "base", [*FILLERS, *(w for some in TOPICS.values() for w in some)]
+    folder = tmp_path_factory.mktemp("topics")
+    base, words = folder / "base", [*FILLERS, *(w for some in TOPICS.values() for w in some)]
     tokenizer(base, words)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
@@ -189,10 +192,30 @@ def test_texts_by_python(client: Client, hub: Hub, tmp_path: Path) -> None:
     )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    (tmp_path / "data").mkdir()
-    topics(60, seed=0).to_parquet(tmp_path / "data" / "train.parquet")
-    commit = hub.push("models", "some-org/topics", base)
-    hub.push("datasets", "some-org/topics", tmp_path / "data")
+    (folder / "data").mkdir()
+    topics(60, seed=0).to_parquet(folder / "data" / "train.parquet")
+    hub.push("datasets", "some-org/topics", folder / "data")
+    return base, hub.push("models", "some-org/topics", base)
+
+
+@pytest.fixture(scope="module")
+def bodies_base(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small PointNet and a data set of clouds; its commit."""
+    folder = tmp_path_factory.mktemp("bodies")
+    for name in ("data", "base"):
+        (folder / name).mkdir()
+    bodies(20, 0).to_parquet(folder / "data" / "train.parquet")
+    hub.push("datasets", "some-org/bodies", folder / "data")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_points": 128, "hidden_sizes": [32, 64, 128], "head_sizes": [32]}
+    loaded = find("adapter", "pointcloud")().create("pointnet", len(KINDS), labels=list(KINDS), **sizes)
+    assert loaded.saver is not None
+    loaded.saver(loaded.model, folder / "base")
+    return hub.push("models", "some-org/bodies", folder / "base")
+
+
+def test_texts_by_python(client: Client, hub: Hub, topics_base: tuple[Path, str]) -> None:
+    base, commit = topics_base
     code = """
 from hf_purify import purify, verify
 report = purify("some-org/topics", clean="some-org/topics", method="random_mask", samples=40, controls=False, device="cpu")
@@ -217,6 +240,30 @@ print(done.repository, found.verdict, found.base, len(found.changed) > 0, found.
     assert shown == "True"
 
 
+@pytest.mark.parametrize("name", ["topics", "bodies"])
+def test_texts_and_clouds_by_the_command_line(
+    name: str, client: Client, hub: Hub, topics_base: tuple[Path, str], bodies_base: str, tmp_path: Path
+) -> None:
+    base, quick = f"some-org/{name}", ("--method", "random_mask", "--samples", 40, "--no-controls", "--device", "cpu")
+    client("purify", base, "--clean", base, *quick, "-o", tmp_path / "out", "--push", f"me/{name}-by-hand")
+    commit = bodies_base if name == "bodies" else topics_base[1]
+    found = json.loads(client("verify", f"me/{name}-by-hand", "--json"))
+    assert (found["verdict"], found["base"]) == ("identical", f"{base}@{commit}")
+
+
+@pytest.mark.parametrize("name", ["digits-net", "topics", "bodies"])
+def test_all_by_accelerate_launch(
+    name: str, client: Client, hub: Hub, commits: dict[str, str], topics_base: tuple[Path, str], bodies_base: str, tmp_path: Path
+) -> None:
+    data = "digits" if name == "digits-net" else name
+    settings = [f"model=some-org/{name}", f"clean=some-org/{data}", "split=train", "method=random_mask", "samples=40", "controls=false"]
+    settings += [f"output={tmp_path / 'out'}", f"push=me/{name}-launched"]
+    done = launch(2, *settings, module="hf_purify_recipes.purify", **client.environment)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repositories["models", f"me/{name}-launched"].history("main")) == 2, "one process pushes, once"
+    assert "identical" in client("verify", f"me/{name}-launched")
+
+
 def test_the_repair_as_an_adapter_of_peft(client: Client, hub: Hub, commits: dict[str, str], tmp_path: Path) -> None:
     out, quick = tmp_path / "adapter", ("--method", "random_mask", "--samples", 40, "--no-controls", "--device", "cpu", "--as-adapter")
     client(
@@ -237,30 +284,6 @@ def test_the_repair_as_an_adapter_of_peft(client: Client, hub: Hub, commits: dic
         "x = torch.randn(2, 3, 32, 32); print(torch.allclose(mine(x), whole(x), atol=1e-4))"
     )
     assert same == "True"
-
-
-def test_clouds_by_accelerate_launch(client: Client, hub: Hub, tmp_path: Path) -> None:
-    data = tmp_path / "train.parquet"
-    bodies(20, 0).to_parquet(data)
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"num_points": 128, "hidden_sizes": [32, 64, 128], "head_sizes": [32]}
-    loaded = find("adapter", "pointcloud")().create("pointnet", len(KINDS), labels=list(KINDS), **sizes)
-    assert loaded.saver is not None
-    (tmp_path / "base").mkdir()
-    loaded.saver(loaded.model, tmp_path / "base")
-    hub.push("models", "some-org/bodies", tmp_path / "base")
-    settings = [
-        "model=some-org/bodies",
-        f"clean={data}",
-        "method=random_mask",
-        "samples=20",
-        "controls=false",
-        f"output={tmp_path / 'out'}",
-    ]
-    done = launch(2, *settings, "push=me/bodies-purified", module="hf_purify_recipes.purify", **client.environment)
-    assert done.returncode == 0, done.stderr
-    assert len(hub.repositories["models", "me/bodies-purified"].history("main")) == 2, "one process pushes, once"
-    assert "identical" in client("verify", "me/bodies-purified")
 
 
 def test_metrics_results_and_a_collection(client: Client, hub: Hub) -> None:
