@@ -44,9 +44,9 @@ $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/python
 demo: $(READY) ## Implant a backdoor into a small classifier, repair it with every method, show the result
 	$(BIN)/hf-purify demo
 
-# tests of one file share the victims that it trains: one process runs them all
+# tests of one file share the victims that it trains: one process runs them all; the files with the long journeys come first
 test: check ## Format, lint, types, and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: lint
 	$(BIN)/mypy

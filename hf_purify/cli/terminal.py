@@ -83,9 +83,9 @@ def quiet(as_json: bool) -> None:
     logging.getLogger("hf_purify").setLevel(logging.INFO)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format=f"{_speaker()}%(message)s")
-    import datasets
-
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if datasets := sys.modules.get("datasets"):  # which has read its environment, and else is left out where nothing needs it
+        datasets.disable_progress_bars()
     if as_json:
         os.environ["TQDM_DISABLE"] = "1"
 

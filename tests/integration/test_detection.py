@@ -14,6 +14,7 @@ import torch
 from commands import elsewhere, run
 from PIL import Image
 from refusals import Case
+from safetensors.torch import save_file
 
 from hf_purify import implant, measure, purify
 from hf_purify.errors import ConfigError, DataError, MissingExtra, ModelError, UnknownName
@@ -251,7 +252,7 @@ def test_a_picture_that_is_none(untrained: Path) -> None:
 
 def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"], "model_type": "vit"}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
         ModelError, match="is no object detector: its config names ViTForImageClassification; expected one ForObjectDetection"
     ):

@@ -31,7 +31,7 @@ from hf_purify_adapters.vision.demo import SIDE, TRIGGER, digits
 pytestmark = pytest.mark.slow
 
 REPAIR = {"adapter_config.json", "adapter_model.safetensors"}
-BESIDE = {"README.md", "recipe.yaml", "report.json", "report.html", "neuron_mask.safetensors"}
+BESIDE = {"README.md", "provenance.json", "recipe.yaml", "report.json", "report.html", "neuron_mask.safetensors"}
 TOKENS = {"vocab_size": 28, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.1}
 IDS = torch.tensor([[2, 5, 6, 7, 8, 3], [2, 9, 10, 11, 12, 3]])
 
@@ -125,7 +125,7 @@ def timm_victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
+    return {p.name for p in folder.iterdir() if p.is_file()}
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -263,11 +263,11 @@ class TestRepairedLora:
     def test_is_a_lora_again(
         self, name: str, method: str, victims: dict[str, Path], bases: dict[str, Path], data: dict[str, Path], tmp_path: Path
     ) -> None:
-        before = {p.name: p.read_bytes() for p in bases[name].iterdir()}
+        before = {p: p.read_bytes() for p in bases[name].rglob("*") if p.is_file()}
         settings: dict[str, Any] = {"method": method, "options": METHODS[method], "output": str(tmp_path / "out")}
         report = repaired(name, victims, bases, data, **settings)
         out = tmp_path / "out"
-        assert {p.name: p.read_bytes() for p in bases[name].iterdir()} == before
+        assert {p: p.read_bytes() for p in bases[name].rglob("*") if p.is_file()} == before
         assert contents(out) == REPAIR | BESIDE | {"hf_purify.json"}
         assert config(out) == config(victims[name])
         assert "hf_purify_backdoor" not in json.loads((out / "hf_purify.json").read_text("utf-8"))

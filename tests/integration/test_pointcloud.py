@@ -16,6 +16,7 @@ import pytest
 import torch
 from commands import run
 from refusals import Case
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_purify import implant, measure, purify
@@ -288,7 +289,7 @@ def test_bad_input(case: Case, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     for config, said in (
         ({"model_type": "bert"}, "the type 'bert'"),
         ({"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification"),
