@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 
@@ -26,10 +26,8 @@ from hf_purify.folding import PROVENANCE, read_fold
 from hf_purify.hub import ALLOWED
 from hf_purify.masks import MASK_FILE
 from hf_purify.plain import checked
+from hf_purify.report import Report, Row
 from hf_purify.tensors import Difference, Tensors, difference
-
-if TYPE_CHECKING:
-    from hf_purify.report import Report
 
 FORMAT = "hf-purify-provenance/1"
 FILE, CARD = PROVENANCE, "README.md"
@@ -85,7 +83,30 @@ class Provenance:
         source, revision = found.base.get("source"), found.base.get("revision")
         if not isinstance(source, str | None) or not (revision is None or (isinstance(revision, str) and COMMIT.fullmatch(revision))):
             raise ConfigError(f"{FILE}: base must name a source and, if any, the commit of it in 40 hexadecimal digits, got {revision!r}")
+        if not isinstance(found.report.get("rows", []), list) or not isinstance(found.report.get("method", {}), dict):
+            raise ConfigError(f"{FILE}: report must have rows as a list, and a method as a mapping")
+        _ = found.rows  # each of which is checked
         return found
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table of the report.
+
+        Raises:
+            ConfigError: what stands there is none.
+        """
+        return [Row.from_dict(row, f"{FILE}: rows[{i}]") for i, row in enumerate(self.report.get("rows", []))]
+
+    @property
+    def before(self) -> Row | None:
+        """The row of the model before the repair."""
+        return next((row for row in self.rows if row.kind == "unrepaired"), None)
+
+    @property
+    def after(self) -> Row | None:
+        """The row of the repair."""
+        name = self.report.get("method", {}).get("name")
+        return next((row for row in self.rows if row.kind == "method" and row.name == name), None)
 
     @property
     def pinned(self) -> str | None:

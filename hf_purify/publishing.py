@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from hf_purify.cards import REPOSITORY, make_card
+from hf_purify.cards import REPOSITORY, make_card, read_metadata
 from hf_purify.errors import ConfigError, OutputError, PublishError
 from hf_purify.evidence import CARD, FILE, Provenance, check_files, read_provenance
 from hf_purify.hub import PICKLES
 from hf_purify.masks import MASK_FILE
+from hf_purify.plain import checked
 from hf_purify.report import read_report
 from hf_purify.uploading import Target, Uploaded, look, upload
 
@@ -57,6 +58,11 @@ class PushConfig:
         if not 0 <= self.tolerance <= 100:
             raise ConfigError(f"tolerance must be in 0..100 points, got {self.tolerance}")
 
+    @classmethod
+    def make(cls, **settings: Any) -> Self:
+        """Build it from settings; unknown names and wrong types are errors with a suggestion."""
+        return cls(**checked(cls, {k: v for k, v in settings.items() if v is not None}, "push"))
+
 
 def push(folder: str | Path, repository: str, **settings: Any) -> Uploaded:
     """Push an output folder to the Hub; see `PushConfig` for the settings.
@@ -65,7 +71,7 @@ def push(folder: str | Path, repository: str, **settings: Any) -> Uploaded:
         ConfigError: the folder has no provenance, or a setting is wrong.
         PublishError: it should not be pushed, or cannot be.
     """
-    config = PushConfig(**settings)
+    config = PushConfig.make(**settings)
     check_repository(repository)
     path = Path(folder).expanduser()
     provenance = checked_folder(path, config)
@@ -133,28 +139,18 @@ def checked_folder(folder: Path, config: PushConfig) -> Provenance:
 
 def cost_of(provenance: Provenance) -> tuple[str, float, str] | None:
     """What a repair cost most: the figure, how much, and its unit; None where nothing was measured before and after."""
-    rows = provenance.report.get("rows") or []
-    before = next((r for r in rows if r.get("kind") == "unrepaired"), None)
-    name = (provenance.report.get("method") or {}).get("name")
-    after = next((r for r in rows if r.get("kind") == "method" and r.get("name") == name), None)
+    before, after = provenance.before, provenance.after
     if before is None or after is None:
         return None
     found = []
-    old, new = (_share(r) for r in (before, after))
-    if old is not None and new is not None:
-        found.append(("clean accuracy", 100 * (old - new), "points"))
-    for figure, value in (before.get("utility") or {}).items():
-        now = (after.get("utility") or {}).get(figure)
+    if before.clean_accuracy and after.clean_accuracy and before.clean_accuracy.n and after.clean_accuracy.n:
+        found.append(("clean accuracy", 100 * (before.clean_accuracy.value - after.clean_accuracy.value), "points"))
+    for figure, value in before.utility.items():
+        now = after.utility.get(figure)
         if value and now is not None:
             worse = now - value if figure.lower() in LOWER_IS_BETTER else value - now
             found.append((figure, 100 * worse / abs(value), "%"))
     return max(found, key=lambda cost: cost[1], default=None)
-
-
-def _share(row: dict[str, Any]) -> float | None:
-    """Clean accuracy of a row, 0..1."""
-    accuracy = row.get("clean_accuracy") or {}
-    return accuracy["hits"] / accuracy["n"] if accuracy.get("n") else None
 
 
 def _whole(folder: Path, provenance: Provenance, repository: str) -> dict[str, Path | bytes]:
@@ -176,25 +172,16 @@ def _papers(folder: Path, provenance: Provenance, repository: str, edited: bool 
     Args:
         edited: an edited card is kept.
     """
-    written = (folder / CARD).read_bytes()
-    if edited and hashlib.sha256(written).hexdigest() != provenance.card:
-        return {CARD: written, FILE: (folder / FILE).read_bytes()}
-    report = read_report(folder)
-    text = make_card(report, provenance, repository, _carried(written))
+    card = folder / CARD
+    if edited and card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != provenance.card:
+        return {CARD: card.read_bytes(), FILE: (folder / FILE).read_bytes()}
+    text = make_card(read_report(folder), provenance, repository, read_metadata(folder))
     named = dataclasses.replace(provenance, card=hashlib.sha256(text.encode()).hexdigest())
     return {CARD: text.encode(), FILE: named.to_json().encode()}
 
 
-def _carried(card: bytes) -> dict[str, Any]:
-    """The metadata that a card was written with."""
-    import yaml
-
-    found = yaml.safe_load(card.decode("utf-8").split("---", 2)[1])
-    return found if isinstance(found, dict) else {}
-
-
 def _message(provenance: Provenance) -> str:
-    method = (provenance.report.get("method") or {}).get("name", "hf-purify")
+    method = provenance.report.get("method", {}).get("name", "none")
     what = {"victim": "Victim", "repair": "Repair", "adapter": "Repair"}.get(provenance.kind, "Purified checkpoint")
     return f"{what} ({method}) by hf-purify"
 
@@ -208,7 +195,7 @@ def push_written(repository: str, write: Callable[[Path], None], folder: str | N
     """
     if folder is not None:
         return push(folder, repository, **settings)
-    check_target(repository, PushConfig(**settings).create_pr)
+    check_target(repository, PushConfig.make(**settings).create_pr)
     with tempfile.TemporaryDirectory() as work:
         write(Path(work))
         return push(work, repository, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,13 +161,17 @@ def collect(title: str, namespace: str, items: Sequence[Item], private: bool = T
 def _holds(api: HfApi, repository: str, kind: str, files: Mapping[str, Path | bytes]) -> bool:
     """Does a repository hold just these contents under these names?"""
     info: Any = api.repo_info(repository, repo_type=kind, files_metadata=True)
-    there = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or ()}
-    for name, content in files.items():
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        if there.get(name) not in (blob, hashlib.sha256(data).hexdigest()):
-            return False
-    return True
+    there = {s.rfilename: s for s in info.siblings or ()}
+    return all(name in there and _same(content, there[name]) for name, content in files.items())
+
+
+def _same(content: Path | bytes, there: Any) -> bool:
+    """Is a file of a repository this one? Large ones are known by their sha256, others by git's hash."""
+    if there.lfs:
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id
 
 
 def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...] = LATER) -> Found:

@@ -198,19 +198,10 @@ def _measured_again(
         raise ModelError(f"'{model}' is a module's weights alone, and cannot be measured by name")
     from hf_purify.purifier import measure  # all the libraries of models, which nothing else here needs
 
-    report = measure(str(result.folder), test, **settings)
-    row = report.before
-    rows = provenance.report.get("rows") or []
-    name = (provenance.report.get("method") or {}).get("name")
-    old: dict[str, Any] = next((r for r in rows if r.get("kind") == "method" and r.get("name") == name), {})
+    row, old = measure(str(result.folder), test, **settings).before, provenance.after
     if row is None:
         return {}
-    found: dict[str, tuple[float | None, float]] = {}
-    if row.clean_accuracy:
-        found["clean accuracy"] = _value(old.get("clean_accuracy")), row.clean_accuracy.value
-    found |= {f"ASR {t}": (_value((old.get("asr") or {}).get(t)), p.value) for t, p in row.asr.items()}
-    return found | {n: ((old.get("utility") or {}).get(n), v) for n, v in row.utility.items()}
-
-
-def _value(proportion: Any) -> float | None:
-    return proportion["hits"] / proportion["n"] if isinstance(proportion, dict) and proportion.get("n") else None
+    now = {"clean accuracy": row.clean_accuracy} | {f"ASR {t}": p for t, p in row.asr.items()}
+    then = {} if old is None else {"clean accuracy": old.clean_accuracy} | {f"ASR {t}": p for t, p in old.asr.items()}
+    found = {name: (p.value if (p := then.get(name)) and p.n else None, q.value) for name, q in now.items() if q}
+    return found | {n: (old.utility.get(n) if old else None, v) for n, v in row.utility.items()}

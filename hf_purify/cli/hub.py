@@ -11,6 +11,7 @@ import typer
 
 from hf_purify.cli.options import AsJson, Rule, Target, Test, Trigger
 from hf_purify.cli.terminal import errors, quiet
+from hf_purify.redaction import one_line
 
 if TYPE_CHECKING:
     from hf_purify.uploading import Uploaded
@@ -117,7 +118,6 @@ def show_upload(done: Uploaded, as_json: bool) -> None:
 def show_verification(found: Verification) -> None:
     """The verdict, the tensors in question, and what lies beside the weights."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
@@ -128,23 +128,30 @@ def show_verification(found: Verification) -> None:
         "differs": "this is not what its provenance says",
     }[found.verdict]
     console.print(f"[{style}]{found.verdict}[/]: {said}")
-    console.print(f"{escape(found.model)}{f'@{found.revision}' if found.revision else ''} against {escape(found.base)}")
+    console.print(f"{shown(found.model)}{f'@{found.revision}' if found.revision else ''} against {shown(found.base)}")
     console.print(f"{len(found.changed)} tensors changed; {found.removed:,} of {found.neurons:,} masked neurons removed")
-    shown = found.differing or found.changed
-    if shown:
+    tensors = found.differing or found.changed
+    if tensors:
         table = Table(
             "tensor", "what", "values", "of", "relative", show_edge=False, title="that differ" if found.differing else "that changed"
         )
-        for key, d in list(shown.items())[:MANY]:
-            table.add_row(escape(key), d.what, f"{d.values:,}", f"{d.of:,}", "-" if d.relative is None else f"{d.relative:.3g}")
+        for key, d in list(tensors.items())[:MANY]:
+            table.add_row(shown(key), d.what, f"{d.values:,}", f"{d.of:,}", "-" if d.relative is None else f"{d.relative:.3g}")
         console.print(table)
-        if len(shown) > MANY:
-            console.print(f"and {len(shown) - MANY} more (--json lists all)")
+        if len(tensors) > MANY:
+            console.print(f"and {len(tensors) - MANY} more (--json lists all)")
     for name in found.files:
-        console.print(f"[red]not as recorded:[/] {escape(name)}")
+        console.print(f"[red]not as recorded:[/] {shown(name)}")
     for name, what in found.companions.items():
-        console.print(f"beside the weights, {escape(what)}: {escape(name)}")
+        console.print(f"beside the weights, {shown(what)}: {shown(name)}")
     for oddity in found.oddities:
-        console.print(f"to look at: {escape(oddity)}")
+        console.print(f"to look at: {shown(oddity)}")
     for name, (recorded, measured) in found.figures.items():
-        console.print(f"{escape(name)}: recorded {'-' if recorded is None else f'{recorded:.4f}'}, measured {measured:.4f}")
+        console.print(f"{shown(name)}: recorded {'-' if recorded is None else f'{recorded:.4f}'}, measured {measured:.4f}")
+
+
+def shown(text: str) -> str:
+    """A stranger's words on the terminal: no escapes, and no markup of ours."""
+    from rich.markup import escape
+
+    return escape(one_line(text))

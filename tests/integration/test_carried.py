@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from sentences import BEASTS, COLOURS, colours, tokenizer
 
 from hf_purify import purify, verify
@@ -66,3 +67,15 @@ def test_what_somebody_changed_beside_the_weights_is_told(base: Path, tmp_path: 
     assert found.companions == {"chat_template.jinja": "changed"}
     assert not found.differing, "the weights are those that they were"
     assert provenance["companions"] == {}
+
+
+def test_a_strangers_words_do_not_steer_the_terminal(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    purify(str(base), colours(40, 0, german=False), method="random_mask", samples=20, controls=False, device="cpu", output=str(out))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"id2label": {"0": "\x1b[2J[red]x", "1": "\x1b[2J[red]x"}}))
+    done = run("verify", out, "--base", base)
+    assert done.exit_code == 7
+    assert "gives the name '" in done.output
+    assert "[red]x" in done.output
+    assert "\x1b[2J" not in done.output

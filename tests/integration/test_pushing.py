@@ -111,6 +111,13 @@ def test_an_edited_card_is_pushed_as_it_is(push: Push, hub: Hub, output: Path) -
     assert files_of(hub, "me/edited")["README.md"] == (output / "README.md").read_bytes()
 
 
+@pytest.mark.parametrize("card", [None, "no metadata", "---\nbroken: [\n---\n"])
+def test_the_repair_alone_has_a_card_of_its_own(card: str | None, push: Push, hub: Hub, output: Path) -> None:
+    (output / "README.md").unlink() if card is None else (output / "README.md").write_text(card)
+    push(output, "me/own-card", repair_only=True)
+    assert "hf-purify apply me/own-card" in files_of(hub, "me/own-card")["README.md"].decode()
+
+
 def test_a_card_that_the_hub_refuses_is_an_error_and_no_commit(push: Push, hub: Hub, output: Path) -> None:
     (output / "README.md").write_text("---\nbase_model: /not/a/repository\n---\n")
     answer = push(output, "me/badcard")

@@ -161,6 +161,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "file outside": ({"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}}, "names the file '../../etc/passwd'"),
     "base that is no commit": ({"base": {"source": "a/b", "revision": "main"}}, "40 hexadecimal digits, got 'main'"),
     "base of a wrong type": ({"base": {"source": 7}}, "base must name a source"),
+    "rows of a wrong type": ({"report": {"rows": {}}}, "rows as a list"),
+    "a row that is none": ({"report": {"rows": [7]}}, r"rows\[0\]: expected a mapping, got int"),
+    "figures that are none": ({"report": {"rows": [{"name": "x", "kind": "method", "asr": {"t": {"hits": 9, "n": 3}}}]}}, "0 <= hits <= n"),
+    "a method of a wrong type": ({"report": {"method": []}}, "a method as a mapping"),
     "oddities of a wrong type": ({"oddities": "x"}, "oddities: expected list"),
 }
 

@@ -122,6 +122,19 @@ def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
         check_repository(name)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"privat": True}, "unknown key 'privat'; did you mean 'private'"),
+        ({"tolerance": "much"}, "expected float, got str"),
+        ({"force": 1}, ""),
+    ],
+)
+def test_settings_of_a_wrong_name_or_type(setting: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        push(tmp_path, "me/model", **setting)
+
+
 @pytest.mark.parametrize("setting", [{"tolerance": -1.0}, {"tolerance": float("nan")}, {"tolerance": 101.0}])
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"tolerance must be in 0\.\.100"):
