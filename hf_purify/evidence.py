@@ -22,7 +22,7 @@ from hf_purify.companions import changes, oddities
 from hf_purify.errors import ConfigError, OutputError
 from hf_purify.filenames import check_name
 from hf_purify.files import replace_text
-from hf_purify.folding import PROVENANCE, read_fold
+from hf_purify.folding import PROVENANCE, Fold, read_fold
 from hf_purify.hub import ALLOWED
 from hf_purify.masks import MASK_FILE
 from hf_purify.plain import checked
@@ -163,22 +163,47 @@ def read_files(folder: Path) -> list[Path]:
 
 
 def changed_tensors(base: Path, result: Path) -> dict[str, Difference]:
-    """The tensors of two checkpoints that are not the same, by key, each read once."""
-    found = {}
+    """The tensors of two checkpoints that are not the same, by key."""
+    return compared(base, result)[0]
+
+
+def compared(base: Path, result: Path, fold: Fold | None = None) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """The tensors of a result that are not the base's, and those that are not what the base and a repair make, by key; each is read once.
+
+    Raises:
+        IndexMismatch: the repair belongs to another model.
+    """
+    changed, differing = {}, {}
     with Tensors(base) as before, Tensors(result) as after:
+        if fold is not None:
+            fold.check(before)
         keys = dict.fromkeys([*before, *after])
         for key in tqdm(keys, desc="compare tensors", delay=2.0, leave=False, disable=None):
-            if (differs := difference(before.get(key), after.get(key))) is not None:
-                found[key] = differs
-    return found
+            old, new = before.get(key), after.get(key)
+            found = difference(old, new)
+            if found is not None:
+                changed[key] = found
+            if fold is not None and old is not None and key in fold.keys:
+                found = difference(fold(key, old), new)
+            if fold is not None and found is not None:
+                differing[key] = found
+    return changed, differing
 
 
-def write_provenance(out: Path, kind: str, report: Report, base: Path | None, card: Callable[[Provenance], str]) -> Provenance:
+def write_provenance(
+    out: Path,
+    kind: str,
+    report: Report,
+    base: Path | None,
+    card: Callable[[Provenance], str],
+    base_files: dict[str, Any] | None = None,
+) -> Provenance:
     """Write card and provenance of a finished output folder, the last of its files.
 
     Args:
         base: folder of the checkpoint that it was made from; None where that lay in memory.
         card: makes the text of the card.
+        base_files: hashes of the base's files, where they are known.
     """
     facts, mask = report.to_dict(), out / MASK_FILE
     checkpoint = facts["checkpoint"]
@@ -186,7 +211,7 @@ def write_provenance(out: Path, kind: str, report: Report, base: Path | None, ca
     found = Provenance(
         kind,
         {"source": checkpoint.get("repository", checkpoint.get("source")), "revision": checkpoint.get("revision")}
-        | ({"files": hashes(read_files(base), base)} if base else {}),
+        | ({"files": base_files or hashes(read_files(base), base)} if base else {}),
         hashes(sorted(p for p in out.rglob("*") if p.is_file() and p.name not in (CARD, FILE)), out),
         {k: dataclasses.asdict(d) for k, d in changed_tensors(base, out).items()} if compared and base else {},
         mask.is_file() and read_fold(mask).complete,

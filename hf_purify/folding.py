@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,15 @@ class Fold:
             multiply_(folded, spread(mask, part), part.axis, part.start)
         return folded
 
-    @property
-    def keys(self) -> set[str]:
-        return {*self.masks, *self.replaced}
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        return frozenset({*self.masks, *self.replaced})
+
+    def check(self, base: Tensors) -> None:
+        """Raises IndexMismatch where a checkpoint lacks what the repair changes."""
+        strange = sorted(self.keys - set(base))
+        if strange:
+            raise IndexMismatch(f"the repair belongs to another model: it changes '{strange[0]}', which this checkpoint has not")
 
 
 def read_fold(path: Path) -> Fold:
@@ -117,9 +124,7 @@ def folded(base: Tensors, fold: Fold) -> Iterator[tuple[str, Tensor]]:
     Raises:
         IndexMismatch: the repair names tensors that are not there, or have another shape.
     """
-    strange = sorted(fold.keys - set(base))
-    if strange:
-        raise IndexMismatch(f"the repair belongs to another model: it changes '{strange[0]}', which this checkpoint has not")
+    fold.check(base)
     for key in tqdm(base, desc="fold the repair", delay=2.0, leave=False, disable=None):
         yield key, fold(key, base[key])
 
@@ -144,5 +149,5 @@ def fold_files(base: Path, repair: Path, out: Path) -> None:
                 save_file(waiting.pop(path), out / path.name, metadata=tensors.metadata(path))
     for file in sorted(base.iterdir()):
         kept = file.is_file() and file.name.lower() != "readme.md" and any(fnmatch(file.name, p) for p in ALLOWED)
-        if kept and file.name not in (MASK_FILE, PROVENANCE) and not (out / file.name).exists():
+        if kept and file.name not in (MASK_FILE, PROVENANCE, "report.json") and not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)

@@ -64,6 +64,9 @@ class Tensors(Mapping[str, Tensor]):
             file.__exit__(kind, error, trace)
 
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value: an integer of as many
+
+
 @dataclass(frozen=True)
 class Difference:
     """How one tensor differs from another of the same key.
@@ -93,13 +96,25 @@ def difference(before: Tensor | None, after: Tensor | None) -> Difference | None
     changed = after.numel() if retyped else _changed(before, after)
     if not changed and not retyped:
         return None
-    old = before.double()
-    relative = float((after.double() - old).norm() / old.norm().clamp_min(1e-30))
-    known = float(f"{relative:.6g}") if math.isfinite(relative) else None
-    return Difference(changed, after.numel(), known, "dtype" if retyped else "changed")
+    relative = _relative(before, after) if changed else 0.0
+    return Difference(changed, after.numel(), relative, "dtype" if retyped else "changed")
+
+
+def _relative(before: Tensor, after: Tensor) -> float | None:
+    """`||after - before|| / ||before||` to six digits; None where it is not finite."""
+    work = torch.float64 if before.dtype in (torch.float64, torch.int64) else torch.float32
+    old, new = before.to(work), after.to(work)
+    far, long = (float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in (new - old, old))
+    found = far / max(long, 1e-30)
+    return float(f"{found:.6g}") if math.isfinite(found) else None
 
 
 def _changed(before: Tensor, after: Tensor) -> int:
     """How many values are other bytes; `0.0 == -0.0` holds for values that are."""
-    old, new = (t.contiguous().flatten().view(torch.uint8).view(-1, t.element_size()) for t in (before, after))
-    return int((old != new).any(1).sum())
+    size = before.element_size()
+    whole = BITS.get(size, torch.uint8)
+    old, new = (t.contiguous().flatten().view(whole) for t in (before, after))
+    if torch.equal(old, new):
+        return 0
+    other = old != new
+    return int((other if size == whole.itemsize else other.view(-1, size // whole.itemsize).any(1)).count_nonzero())

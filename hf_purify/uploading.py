@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-d
 from hf_purify.errors import PublishError
 
 TRIES = 4
+FIRST_WAIT = 1.0  # seconds before the second try; each further one waits twice as long
 PATIENCE = 300.0  # seconds that a server may ask to wait at most
 SILENCE = 120.0  # seconds without a byte after which a connection is given up
 LATER = (429, 500, 502, 503, 504)
@@ -177,7 +178,7 @@ def _same(content: Path | bytes, there: Any) -> bool:
 def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...] = LATER) -> Found:
     """Call, and call again where the server says that it may go well later."""
     for left in reversed(range(TRIES)):
-        waited = 2.0 ** (TRIES - left - 1)
+        waited = FIRST_WAIT * 2.0 ** (TRIES - left - 1)
         try:
             with _bounded():
                 return call()

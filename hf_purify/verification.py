@@ -20,7 +20,7 @@ from typing import Any
 from hf_purify.cards import make_card, read_metadata
 from hf_purify.companions import changes, oddities
 from hf_purify.errors import ConfigError, IndexMismatch, ModelError
-from hf_purify.evidence import Provenance, changed_tensors, hashes, read_files, read_provenance, write_provenance
+from hf_purify.evidence import Provenance, compared, hashes, read_files, read_provenance, write_provenance
 from hf_purify.folding import fold_files, folded, read_fold
 from hf_purify.hub import Pulled, pull
 from hf_purify.masks import MASK_FILE
@@ -83,17 +83,25 @@ def verify(model: str, base: str | None = None, revision: str | None = None, tes
     origin, name = _base_of(provenance, base)
     if provenance.kind in ("repair", "adapter"):
         return _verify_alone(model, result, provenance, origin, name)
-    changed = changed_tensors(origin.folder, result.folder)
-    neurons, removed, differing = (
-        _refolded(origin.folder, result.folder) if provenance.complete else (0, 0, _unrecorded(changed, provenance))
-    )
+    fold = read_fold(result.folder / MASK_FILE) if provenance.complete else None
+    changed, differing = compared(origin.folder, result.folder, fold)
+    if fold is None:
+        differing = _unrecorded(changed, provenance)
     wrong = _wrong_files(provenance, result.folder, origin.folder)
-    sound = not differing and not wrong
-    figures = _measured_again(model, result, provenance, test, settings) if test is not None else {}
-    verdict = DIFFERS if not sound else IDENTICAL if provenance.complete else CONSISTENT
-    beside = changes(origin.folder, result.folder)
+    sound = IDENTICAL if fold else CONSISTENT
     return Verification(
-        model, result.revision, name, verdict, changed, differing, wrong, beside, oddities(result.folder), neurons, removed, figures
+        model,
+        result.revision,
+        name,
+        DIFFERS if differing or wrong else sound,
+        changed,
+        differing,
+        wrong,
+        changes(origin.folder, result.folder),
+        oddities(result.folder),
+        neurons=fold.neurons if fold else 0,
+        removed=fold.removed if fold else 0,
+        figures=_measured_again(model, result, provenance, test, settings) if test is not None else {},
     )
 
 
@@ -115,21 +123,18 @@ def apply(repair: str, to: str, output: str | Path, revision: str | None = None,
         given = pull(repair, revision)
         provenance = read_provenance(given.folder)
         origin = pull(source, commit or None)
-        wrong = _wrong_weights(provenance, origin.folder)
-        if wrong:
+        files = hashes(read_files(origin.folder), origin.folder)
+        if wrong := _other_weights(provenance, files):
             raise IndexMismatch(
                 f"the repair belongs to '{provenance.pinned or provenance.base.get('source')}', and '{to}' has other weights ({wrong[0]}): name that commit"
             )
         if out is not None:
             fold_files(origin.folder, given.folder, out)
             shutil.copyfile(given.folder / MASK_FILE, out / MASK_FILE)
-            report = read_report(given.folder)
+            report, head = read_report(given.folder), read_metadata(origin.folder)
+            report.save(out)
             write_provenance(
-                out,
-                "checkpoint",
-                report,
-                origin.folder,
-                lambda found: make_card(report, found, Path(output).name, read_metadata(origin.folder)),
+                out, "checkpoint", report, origin.folder, lambda found: make_card(report, found, Path(output).name, head), base_files=files
             )
     return Path(output)
 
@@ -144,18 +149,6 @@ def _base_of(provenance: Provenance, base: str | None) -> tuple[Pulled, str]:
     source, _, commit = (named, "", "") if Path(named).is_dir() else named.partition("@")
     pulled = pull(source, commit or None)
     return pulled, f"{source}@{pulled.revision}" if pulled.revision else source
-
-
-def _refolded(base: Path, result: Path) -> tuple[int, int, dict[str, Difference]]:
-    """Neurons, removed ones, and the tensors of a result that are not what base and mask make."""
-    fold, found = read_fold(result / MASK_FILE), {}
-    with Tensors(base) as before, Tensors(result) as after:
-        for key, expected in folded(before, fold):
-            if (differs := difference(expected, after.get(key))) is not None:
-                found[key] = differs
-        for key in after.keys() - before.keys():
-            found[key] = difference(None, after[key]) or Difference(0, 0, None, "new")
-    return fold.neurons, fold.removed, found
 
 
 def _unrecorded(changed: Mapping[str, Difference], provenance: Provenance) -> dict[str, Difference]:
@@ -175,9 +168,14 @@ def _wrong_files(provenance: Provenance, result: Path, base: Path) -> list[str]:
 
 def _wrong_weights(provenance: Provenance, base: Path) -> list[str]:
     """Weights of a base that are not those that a repair was made for."""
+    return _other_weights(provenance, hashes([p for p in read_files(base) if p.suffix == ".safetensors"], base))
+
+
+def _other_weights(provenance: Provenance, found: Mapping[str, Any]) -> list[str]:
+    """Names of weights whose hashes are not the recorded ones of the base."""
     known = {n: f for n, f in provenance.base.get("files", {}).items() if n.endswith(".safetensors")}
-    found = hashes([p for p in read_files(base) if p.suffix == ".safetensors"], base)
-    return sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)) if known else []
+    there = {n: f for n, f in found.items() if n.endswith(".safetensors")}
+    return sorted(n for n in known.keys() | there.keys() if known.get(n) != there.get(n)) if known else []
 
 
 def _verify_alone(model: str, result: Pulled, provenance: Provenance, origin: Pulled, name: str) -> Verification:

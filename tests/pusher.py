@@ -10,7 +10,7 @@ import sys
 def main() -> None:
     from hf_purify import PurifyError, push, uploading
 
-    uploading.SILENCE = 5.0
+    uploading.SILENCE, uploading.FIRST_WAIT = 3.0, 0.1
     for line in sys.stdin:
         order = json.loads(line)
         try:

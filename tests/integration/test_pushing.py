@@ -192,8 +192,8 @@ FAILURES: dict[str, tuple[Order, str | None]] = {
     "a page of a proxy": (lambda h: h.fail("POST", "validate-yaml", 200, body=b"<html>busy</html>"), None),
     "500 on large files": (lambda h: h.fail("PUT", "/lfs/", 500), None),
     "403 on large files": (lambda h: h.fail("PUT", "/lfs/", 403, times=9), "your token may not write there"),
-    "silence": (lambda h: h.slow("POST", "/commit/", 8), None),
-    "slow": (lambda h: h.slow("POST", "/commit/", 1.5), None),
+    "silence": (lambda h: h.slow("POST", "/commit/", 5), None),
+    "slow": (lambda h: h.slow("POST", "/commit/", 0.5), None),
 }
 
 
