@@ -19,6 +19,7 @@ TITLES = {
     "runs-cpu": "stem of CIFAR",
     "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
     "text-cpu": "language models on one thread of a CPU",
+    "verify-cpu": "published repairs checked and laid on their base, 400 MB",
 }
 
 
@@ -120,6 +121,12 @@ def estimates(result: dict[str, Any]) -> list[str]:
     return [facts(result), measured(result), shared(result), bounds(result)]
 
 
+def sides(result: dict[str, Any]) -> list[str]:
+    """Tables of verify.py."""
+    body: list[list[object]] = [[name, row["median_s"], row["over_plain"]] for name, row in result["sides"].items()]
+    return [facts(result), rows(["side", "s", "/ plain"], body), bounds(result)]
+
+
 def measured(result: dict[str, Any]) -> str:
     """Predicted over measured on the small Llama."""
     parts = list(result["measured"][0]["ratios"])
@@ -184,6 +191,8 @@ def main() -> None:
             if "processes" in result
             else estimates
             if "predicted" in result
+            else sides
+            if "sides" in result
             else runs
         )
         parts += [f"### {path.stem}: {TITLES.get(path.stem, result['machine'].get('gpu', 'CPU'))}", *kind(result)]

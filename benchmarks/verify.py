@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/verify.py --output benchmarks/results/verify-cpu.json
 
 Random matrices as those of BERT-base, in one file; a mask over the inputs of all of them. The plain side of `verify` hashes both checkpoints,
-loads both, multiplies what is masked, and compares; that of `apply` hashes and loads the base, multiplies, and saves. Both sides must agree. Exits with 1 where a bound is
+loads both, multiplies what is masked, compares, and tells how much changed; that of `apply` hashes and loads the base, multiplies, and saves, where the library's also hashes
+what it wrote and tells what changed. Both sides must agree. Exits with 1 where a bound is
 missed. Files lie in the page cache: no disk is measured.
 """
 
@@ -27,7 +28,7 @@ from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
 from hf_purify.report import Report
 from hf_purify.verification import apply, verify
 
-BOUND = 1.5  # over the plain script
+BOUND = 2.0  # over the plain script
 WIDTH, INNER = 768, 3072
 
 
@@ -63,7 +64,8 @@ def plain_verify(folder: Path, index: NeuronIndex, mask: torch.Tensor) -> None:
     before, after = (load_file(folder / name / "model.safetensors") for name in ("base", "repaired"))
     for group, part in zip(index, mask.split(index.sizes), strict=True):
         old, new = before[group.gate.param], after[group.gate.param]
-        if torch.equal(old, new) or not torch.equal(old * part, new):
+        told = int((old != new).sum()), float((new - old).norm() / old.norm())  # by what it changed
+        if not all(told) or not torch.equal(old * part, new):
             raise RuntimeError(f"{group.name} differs")
 
 
