@@ -127,7 +127,6 @@ def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
     [
         ({"privat": True}, "unknown key 'privat'; did you mean 'private'"),
         ({"tolerance": "much"}, "expected float, got str"),
-        ({"force": 1}, ""),
     ],
 )
 def test_settings_of_a_wrong_name_or_type(setting: dict[str, Any], said: str, tmp_path: Path) -> None:
