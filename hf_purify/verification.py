@@ -11,6 +11,7 @@ verify(model):
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from hf_purify.folding import fold_files, folded, read_fold
 from hf_purify.hub import Pulled, pull
 from hf_purify.masks import MASK_FILE
 from hf_purify.output import folder as output_folder
-from hf_purify.report import read_report
+from hf_purify.report import Report, read_report
 from hf_purify.tensors import Difference, Tensors, difference
 
 IDENTICAL, CONSISTENT, DIFFERS = "identical", "consistent", "differs"
@@ -131,12 +132,19 @@ def apply(repair: str, to: str, output: str | Path, revision: str | None = None,
         if out is not None:
             fold_files(origin.folder, given.folder, out)
             shutil.copyfile(given.folder / MASK_FILE, out / MASK_FILE)
-            report, head = read_report(given.folder), read_metadata(origin.folder)
+            report, head = _report_of(given.folder, repair, to), read_metadata(origin.folder)
             report.save(out)
             write_provenance(
                 out, "checkpoint", report, origin.folder, lambda found: make_card(report, found, Path(output).name, head), base_files=files
             )
     return Path(output)
+
+
+def _report_of(folder: Path, repair: str, to: str) -> Report:
+    """The report of a published repair, as one of its application: a stranger's own command is not passed on, and whose figures they are is said."""
+    report = read_report(folder)
+    said = f"the figures are those that came with the repair '{repair}'; nothing was measured when it was applied"
+    return dataclasses.replace(report, command=shlex.join(["hf-purify", "apply", repair, "--to", to]), warnings=[*report.warnings, said])
 
 
 def _base_of(provenance: Provenance, base: str | None) -> tuple[Pulled, str]:

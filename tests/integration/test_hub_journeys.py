@@ -153,6 +153,9 @@ def test_the_repair_alone_makes_the_same_checkpoint_of_its_base(
     first, second = load_file(repaired / "model.safetensors"), load_file(tmp_path / "applied" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(v, second[k]) for k, v in first.items())
+    card = (tmp_path / "applied" / "README.md").read_text()
+    assert f"hf-purify apply me/digits-repair --to {base}" in card
+    assert "nothing was measured when it was applied" in card
     assert "identical" in client("verify", tmp_path / "applied")
     assert "consistent" in client("verify", "me/digits-repair")
     client("push", tmp_path / "applied", "me/digits-applied")
