@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from hf_purify.plain import checked
 from hf_purify.report import read_report
 from hf_purify.uploading import Target, Uploaded, look, upload
 
+log = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".onnx", ".bin.index.json", *PICKLES)
 PAPERS = ("report.json", "report.html", "recipe.yaml")
 LOWER_IS_BETTER = ("perplexity",)
@@ -134,7 +136,19 @@ def checked_folder(folder: Path, config: PushConfig) -> Provenance:
             f"the repair cost {cost[1]:.1f} {cost[2]} of {cost[0]}, more than the tolerance of {config.tolerance:g}: repair it more gently, raise "
             "tolerance (--tolerance), or push it nevertheless with force=True (--force)"
         )
+    if paths := _local_paths(provenance):
+        log.warning(
+            "what is pushed names paths of this machine (%s): give models and data by relative paths or Hub ids to keep them",
+            ", ".join(paths),
+        )
     return provenance
+
+
+def _local_paths(provenance: Provenance) -> list[str]:
+    """Absolute paths by which model and data were named."""
+    named = [provenance.base, *(provenance.report.get(part) for part in ("clean", "test"))]
+    sources = [str(part["source"]) for part in named if isinstance(part, dict) and part.get("source")]
+    return [source for source in dict.fromkeys(sources) if Path(source).is_absolute()]
 
 
 def cost_of(provenance: Provenance) -> tuple[str, float, str] | None:

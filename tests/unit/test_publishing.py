@@ -65,6 +65,15 @@ def test_notes_of_the_user_and_an_edited_card_are_no_obstacle(tmp_path: Path) ->
     assert checked_folder(tmp_path / "out", PushConfig()).kind == "checkpoint"
 
 
+def test_paths_of_this_machine_are_said_before_they_are_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output_at(tmp_path / "hub")
+    checked_folder(tmp_path / "hub" / "out", PushConfig())
+    assert not caplog.text
+    output_at(tmp_path / "local", report_of(clean={"source": "/home/me/pictures", "samples": 9}, test={"source": "pictures"}))
+    checked_folder(tmp_path / "local" / "out", PushConfig())
+    assert "names paths of this machine (/home/me/pictures)" in caplog.text
+
+
 def test_a_victim_is_pushed_only_if_that_is_said(tmp_path: Path) -> None:
     output_at(tmp_path, kind="victim")
     with pytest.raises(PublishError, match=r"backdoor on purpose.*--backdoored"):
