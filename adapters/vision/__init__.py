@@ -44,11 +44,13 @@ class VisionAdapter(Classifier):
         return load_folder(folder, source, revision)
 
     def locate(self, source: str) -> str | None:
-        import timm
-
         if source.startswith("hf-hub:"):
             return source.removeprefix("hf-hub:")
-        if "/" in source or not timm.is_model(source):
+        if "/" in source:
+            return None
+        import timm  # which takes its time, and is needed for its own names alone
+
+        if not timm.is_model(source):
             return None
         return (timm.get_pretrained_cfg(source) or timm.models.PretrainedCfg()).hf_hub_id
 
