@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from timing import finish, interleaved, machine, ratio, summary, table
 
-from hf_purify.evidence import write_provenance
 from hf_purify.masks import MASK_FILE, save_mask
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.provenance import write_provenance
 from hf_purify.report import Report
 from hf_purify.verification import apply, verify
 

@@ -28,10 +28,10 @@ from hf_purify.clean import make_context, read_clean
 from hf_purify.comparison import open_comparison
 from hf_purify.errors import ConfigError, ModelError
 from hf_purify.masks import MASK_FILE, bake, load_mask, masked, save_mask
-from hf_purify.provenance import report_repair
 from hf_purify.recipe import MeasureRecipe, PurifyRecipe
 from hf_purify.registry import make_method
 from hf_purify.report import Report
+from hf_purify.reporting import report_repair
 from hf_purify.session import Session, open_session
 
 

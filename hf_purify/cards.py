@@ -15,7 +15,7 @@ from hf_purify import rendering
 from hf_purify.redaction import one_line, redacted
 
 if TYPE_CHECKING:
-    from hf_purify.evidence import Provenance
+    from hf_purify.provenance import Provenance
     from hf_purify.report import Report, Row
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

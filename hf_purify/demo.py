@@ -8,11 +8,11 @@ from typing import Any
 
 from hf_purify import output
 from hf_purify.comparison import open_comparison
-from hf_purify.provenance import report_repair
 from hf_purify.purifier import run_implant
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe
 from hf_purify.registry import find, make_method, names
 from hf_purify.report import Report
+from hf_purify.reporting import report_repair
 
 TARGET = 0
 KEPT = "ft_sam"

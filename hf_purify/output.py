@@ -23,11 +23,11 @@ from torch import Tensor
 from hf_purify import registry
 from hf_purify.cards import make_card, read_metadata, write_pictures
 from hf_purify.errors import ConfigError, IndexMismatch, OutputError
-from hf_purify.evidence import write_provenance
 from hf_purify.ia3 import save_ia3
 from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
+from hf_purify.provenance import write_provenance
 from hf_purify.sharding import is_sharded
 from hf_purify.task import put_back, snapshot
 

@@ -1,161 +1,242 @@
-"""Reports of the jobs: their rows, with where each figure comes from: model, clean data, method, versions, command, warnings."""
+"""`provenance.json`: what a repaired checkpoint came from and what was done to it, for machines; with the hashes of all files before and after.
+
+`hub_cards/provenance.schema.json` describes it. A push is refused where the hashes are not those of the files, and `verify` holds a
+downloaded checkpoint against it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Self
 
-import torch
-from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_purify import output
-from hf_purify.adapter import Examples
-from hf_purify.bench import samples_of
-from hf_purify.companions import oddities
-from hf_purify.comparison import Comparison, Repair
-from hf_purify.method import Method
-from hf_purify.report import NeuronLayer, Report, Row
-from hf_purify.salience import relative_change
-from hf_purify.session import Session
-from hf_purify.sharding import Gathered
-from hf_purify.streaming import Drawn
+from hf_purify.companions import changes, oddities
+from hf_purify.errors import ConfigError, OutputError
+from hf_purify.filenames import check_name
+from hf_purify.files import replace_text
+from hf_purify.folding import PROVENANCE, Fold, read_fold
+from hf_purify.hub import ALLOWED
+from hf_purify.masks import MASK_FILE
+from hf_purify.plain import checked
+from hf_purify.report import Report, Row
+from hf_purify.tensors import Difference, Tensors, difference
 
-
-def remarks_of(session: Session, clean: Examples | None, test: Examples | None) -> list[str]:
-    """What the modality has to say of the samples, and what streams did not show."""
-    parts = {"clean samples": clean, "test samples": test}
-    said = [remark for what, data in parts.items() if data is not None for remark in session.adapter.remarks(data, what)]
-    return said + [remark for what, drawn in session.streams.items() for remark in remarks_of_stream(drawn, what, session.classes)]
-
-
-def beside(session: Session) -> list[str]:
-    """What is odd about the files beside the weights, which no repair touches."""
-    folder = session.loaded.folder
-    return [f"to look at, since no repair of weights changes it: {oddity}" for oddity in oddities(folder)] if folder else []
+FORMAT = "hf-purify-provenance/1"
+FILE, CARD = PROVENANCE, "README.md"
+KINDS = ("checkpoint", "adapter", "repair", "trained", "victim")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HASH = re.compile(r"[0-9a-f]{64}")
+SHOWN = ("title", "task", "checkpoint", "clean", "test", "method", "rows", "seed", "versions", "command", "warnings", "created")
 
 
-def remarks_of_stream(drawn: Drawn, what: str, classes: int) -> list[str]:
-    """That a stream was longer than the rows that were looked at, if it was; `what` was drawn from it, for a model of so many classes."""
-    if drawn.ended:
-        return []
-    missed = 0 if drawn.classes is None else classes - drawn.classes
-    hint = f", in which {missed} of {classes} classes do not occur: look at more (--stream-rows)" if missed > 0 else ""
-    return [f"{what} were drawn from {drawn.read:,} rows of a stream, which may have more{hint}"]
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of a checkpoint that hf-purify wrote.
+
+    Args:
+        kind: `checkpoint` (a repaired one, whole), `adapter` (the repair for PEFT), `repair` (the mask alone), `trained` by
+            `implant` on clean samples, or `victim`.
+        base: `source`, `revision` (a commit, or None where it came from a folder), and its `files`.
+        files: name -> `sha256` and `bytes`, of all that was written but the card and this file.
+        changed: key -> how a tensor differs from the base's.
+        complete: base and mask are the whole repair, bit for bit.
+        companions: files beside the weights that are not the base's, and what became of them.
+        oddities: what a reader should look at in them, in sentences.
+        card: sha256 of the card as it was written; another one has been edited since.
+        report: what the report says: figures with n, method, clean data, seed, versions, command, warnings.
+    """
+
+    kind: str
+    base: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    companions: dict[str, Any] = field(default_factory=dict)
+    oddities: list[str] = field(default_factory=list)
+    card: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Read what may come from a stranger.
+
+        Raises:
+            ConfigError: another format, unknown or missing keys, or values of the wrong type.
+            UnsafeCheckpoint: it names files outside its folder.
+        """
+        if isinstance(data, Mapping) and data.get("format") != FORMAT:
+            raise ConfigError(f"{FILE}: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
+        found = cls(**checked(cls, data, FILE))
+        if found.kind not in KINDS:
+            raise ConfigError(f"{FILE}: kind must be one of {', '.join(KINDS)}, got '{found.kind}'")
+        _check_files(found.files, "files")
+        _check_files(found.base.get("files", {}), "base.files")
+        source, revision = found.base.get("source"), found.base.get("revision")
+        if not isinstance(source, str | None) or not (revision is None or (isinstance(revision, str) and COMMIT.fullmatch(revision))):
+            raise ConfigError(f"{FILE}: base must name a source and, if any, the commit of it in 40 hexadecimal digits, got {revision!r}")
+        if not isinstance(found.report.get("rows", []), list) or not isinstance(found.report.get("method", {}), dict):
+            raise ConfigError(f"{FILE}: report must have rows as a list, and a method as a mapping")
+        _ = found.rows  # each of which is checked
+        return found
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table of the report.
+
+        Raises:
+            ConfigError: what stands there is none.
+        """
+        return [Row.from_dict(row, f"{FILE}: rows[{i}]") for i, row in enumerate(self.report.get("rows", []))]
+
+    @property
+    def before(self) -> Row | None:
+        """The row of the model before the repair."""
+        return next((row for row in self.rows if row.kind == "unrepaired"), None)
+
+    @property
+    def after(self) -> Row | None:
+        """The row of the repair."""
+        name = self.report.get("method", {}).get("name")
+        return next((row for row in self.rows if row.kind == "method" and row.name == name), None)
+
+    @property
+    def pinned(self) -> str | None:
+        """The base as `id@commit`; None where it was no repository of the Hub."""
+        source, revision = self.base.get("source"), self.base.get("revision")
+        return f"{source}@{revision}" if source and revision else None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def make_report(session: Session, title: str, rows: list[Row], **parts: Any) -> Report:
-    """A report with what is known of every job; `parts` are its other fields."""
-    recipe = session.recipe
-    known = {
-        "checkpoint": describe_model(session),
-        "test": describe_test(session),
-        "versions": output.versions(),
-        "seed": recipe.seed,
-        "command": output.command(recipe),
-    }
-    return Report(title=title, task=session.loaded.task or session.adapter.task, rows=rows, **{**known, **parts})
-
-
-def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: str | None = None) -> Report:
-    """Everything about a repair."""
-    session, index, verdict = comparison.session, comparison.context.index, done.verdict
-    masks, scores = index.split(verdict.mask), index.split(verdict.scores)
-    trained = verdict.folded or bool((verdict.mask == 1).all())  # else the mask says what happened to the weights
-    before, after = Gathered(session.model, comparison.base), Gathered(session.model, done.state)
-    changes = relative_change(index, before, after).tolist() if trained else [None] * len(index.groups)
-    chosen = verdict.notes.get("threshold")
-    report = make_report(
-        session,
-        title or f"{done.method.name} on {session.loaded.source}",
-        rows,
-        clean=describe_clean(comparison),
-        method={"name": done.method.name, "config": method_config(done.method)},
-        layers=[NeuronLayer.of(g, masks[g.name], scores[g.name], c) for g, c in zip(index, changes, strict=True)],
-        curve=[dict(p) for p in verdict.curve],
-        curve_chosen=chosen if isinstance(chosen, float) else None,
-        samples=samples_of(session, comparison.bench, comparison.before, done.figures),
-        warnings=[*warnings_of(rows), *remarks_of(session, comparison.clean, comparison.bench.clean), *beside(session)],
+def _check_files(found: Any, where: str) -> None:
+    """Raises ConfigError where entries are no hashes, UnsafeCheckpoint where a name leads elsewhere."""
+    for name in found if isinstance(found, dict) else ():
+        check_name(name, FILE)
+    good = isinstance(found, dict) and all(
+        isinstance(f, dict) and HASH.fullmatch(str(f.get("sha256"))) and isinstance(f.get("bytes"), int) for f in found.values()
     )
-    return report.attach(session.model, index, verdict)
+    if not good:
+        raise ConfigError(f"{FILE}: {where} must map file names to sha256 and bytes")
 
 
-def method_config(method: Method) -> dict[str, Any]:
-    """Settings of a method; of a sequence, those of each part."""
-    parts = getattr(method, "methods", None)
-    return {m.name: method_config(m) for m in parts} if parts else dataclasses.asdict(method.config)
+def read_provenance(folder: Path) -> Provenance:
+    """The provenance in a folder.
+
+    Raises:
+        ConfigError: there is none, or it is none.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise ConfigError(
+            f"'{folder}' has no {FILE}: it was not written by hf-purify, or by a version without proofs. Repair the model again"
+        )
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"'{file}' is no valid JSON: {error}") from error
+    return Provenance.from_dict(data)
 
 
-def describe_model(session: Session) -> dict[str, Any]:
-    """What is known of the model."""
-    loaded = session.loaded
-    repository = session.adapter.locate(loaded.source) if loaded.revision else None
-    return {
-        "source": loaded.source,
-        **({"repository": repository} if repository and repository != loaded.source else {}),
-        "revision": loaded.revision,
-        **({"base": loaded.base} if loaded.base else {}),
-        "kind": loaded.kind,
-        "architecture": type(loaded.model).__name__,
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "classes": session.classes,
-    }
-
-
-def describe_clean(comparison: Comparison) -> dict[str, Any]:
-    """What is known of the clean samples, with a digest of their content."""
-    clean, context, recipe = comparison.clean, comparison.context, comparison.session.recipe
-    digest = hashlib.sha256()
-    for i in range(len(clean)):
-        raw = clean.raw(i)
-        digest.update(raw.numpy().tobytes() if isinstance(raw, Tensor) else repr(raw).encode())
-    counts = torch.bincount(clean.labels, minlength=comparison.session.classes if comparison.session.classifies else 1)
-    return {
-        "source": name_of(getattr(recipe, "clean", None)),
-        "revision": comparison.session.commits.get("clean samples"),
-        "split": recipe.split,
-        "samples": len(clean),
-        **describe_stream(comparison.session),
-        "per_class": f"{int(counts.min())}..{int(counts.max())}",
-        "held_out": 0 if context.judged is context.data else len(context.judged),
-        "augmentation": context.augmentation,
-        "fingerprint": digest.hexdigest()[:32],
-    }
-
-
-def describe_test(session: Session) -> dict[str, Any]:
-    """What is known of the test data; nothing where there are none."""
-    recipe = session.recipe
-    if recipe.test is None:
-        return {}
-    return {"source": name_of(recipe.test), "revision": session.commits.get("test samples"), "split": recipe.test_split}
-
-
-def name_of(data: Any) -> str:
-    """How data that a recipe was given are called."""
-    return str(data) if isinstance(data, str) or hasattr(data, "__fspath__") else f"<{type(data).__name__}>"
-
-
-def describe_stream(session: Session) -> dict[str, Any]:
-    """How many rows were looked at, where samples were drawn from a stream, and whether these were all."""
-    drawn = session.streams.get("clean samples")
-    return {} if drawn is None else {"rows_read": drawn.read, "rows_are_all": drawn.ended}
-
-
-def warnings_of(rows: list[Row]) -> list[str]:
-    """What a reader must not overlook."""
-    found = []
-    first, last = rows[0], rows[1] if len(rows) > 1 else rows[0]
-    for name, value in first.asr.items():
-        if value.value < 0.9:
-            found.append(
-                f"the unrepaired model's ASR for {name} is {value}: under 90 %, so it is no victim of this trigger and the repair proves little"
-            )
-    if last is not first and first.clean_accuracy and last.clean_accuracy and first.clean_accuracy.value - last.clean_accuracy.value > 0.02:
-        found.append(f"the repair cost {100 * (first.clean_accuracy.value - last.clean_accuracy.value):.1f} points of clean accuracy")
-    for row in rows:
-        if any(name.endswith("within max_loss") and not kept for name, kept in row.notes.items()):
-            found.append(
-                f"{row.name} cost more held-out accuracy than max_loss allows, with the mildest setting that it tries, too: begin milder"
-            )
+def hashes(files: list[Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of files, by their names inside the folder."""
+    found = {}
+    for path in tqdm(files, desc="hash files", delay=2.0, leave=False, disable=None):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
     return found
+
+
+def read_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that hf-purify reads, the card aside."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name not in (CARD, FILE) and any(fnmatch(p.name, a) for a in ALLOWED))
+
+
+def changed_tensors(base: Path, result: Path) -> dict[str, Difference]:
+    """The tensors of two checkpoints that are not the same, by key."""
+    return compared(base, result)[0]
+
+
+def compared(base: Path, result: Path, fold: Fold | None = None) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """The tensors of a result that are not the base's, and those that are not what the base and a repair make, by key; each is read once.
+
+    Raises:
+        IndexMismatch: the repair belongs to another model.
+    """
+    changed, differing = {}, {}
+    with Tensors(base) as before, Tensors(result) as after:
+        if fold is not None:
+            fold.check(before)
+        keys = dict.fromkeys([*before, *after])
+        for key in tqdm(keys, desc="compare tensors", delay=2.0, leave=False, disable=None):
+            old, new = before.get(key), after.get(key)
+            found = difference(old, new)
+            if found is not None:
+                changed[key] = found
+            if fold is not None and old is not None and key in fold.keys:
+                found = difference(fold(key, old), new)
+            if fold is not None and found is not None:
+                differing[key] = found
+    return changed, differing
+
+
+def write_provenance(
+    out: Path,
+    kind: str,
+    report: Report,
+    base: Path | None,
+    card: Callable[[Provenance], str],
+    base_files: dict[str, Any] | None = None,
+) -> Provenance:
+    """Write card and provenance of a finished output folder, the last of its files.
+
+    Args:
+        base: folder of the checkpoint that it was made from; None where that lay in memory.
+        card: makes the text of the card.
+        base_files: hashes of the base's files, where they are known.
+    """
+    facts, mask = report.to_dict(), out / MASK_FILE
+    checkpoint = facts["checkpoint"]
+    compared = kind == "checkpoint" and base is not None
+    found = Provenance(
+        kind,
+        {"source": checkpoint.get("repository", checkpoint.get("source")), "revision": checkpoint.get("revision")}
+        | ({"files": base_files or hashes(read_files(base), base)} if base else {}),
+        hashes(sorted(p for p in out.rglob("*") if p.is_file() and p.name not in (CARD, FILE)), out),
+        {k: dataclasses.asdict(d) for k, d in changed_tensors(base, out).items()} if compared and base else {},
+        mask.is_file() and read_fold(mask).complete,
+        changes(base, out) if compared and base else {},
+        oddities(out),
+        report={key: facts[key] for key in SHOWN} | {"verdict": report.verdict},
+    )
+    text = card(found)
+    replace_text(out / CARD, text)
+    found = dataclasses.replace(found, card=hashlib.sha256(text.encode()).hexdigest())
+    replace_text(out / FILE, found.to_json())
+    return found
+
+
+def check_files(folder: Path, provenance: Provenance) -> list[str]:
+    """Names of recorded files that are not in a folder, or not as they were written.
+
+    Raises:
+        OutputError: a recorded file is a link.
+    """
+    wrong = []
+    for name, known in provenance.files.items():
+        path = folder / name
+        if path.is_symlink():
+            raise OutputError(f"'{path}' is a link; expected the file that was written")
+        if not path.is_file() or hashes([path], folder)[name] != known:
+            wrong.append(name)
+    return wrong

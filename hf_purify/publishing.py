@@ -20,10 +20,10 @@ from typing import Any, Self
 
 from hf_purify.cards import REPOSITORY, make_card, read_metadata
 from hf_purify.errors import ConfigError, OutputError, PublishError
-from hf_purify.evidence import CARD, FILE, Provenance, check_files, read_provenance
 from hf_purify.hub import PICKLES
 from hf_purify.masks import MASK_FILE
 from hf_purify.plain import checked
+from hf_purify.provenance import CARD, FILE, Provenance, check_files, read_provenance
 from hf_purify.report import read_report
 from hf_purify.uploading import Target, Uploaded, look, upload
 

@@ -8,7 +8,7 @@ purify(recipe):
     verdict           <- method(Context(model, index, clean, held_out))
     after             <- figures(model, test, triggers)
     for control in fine_tune, norm_refresh, random_mask: the same, each from the original weights     # comparison
-    report            <- rows, neurons, pictures, versions           # provenance
+    report            <- rows, neurons, pictures, versions           # reporting
     output            <- checkpoint, neuron mask, recipe, report     # output: written beside, renamed when complete
 """
 
@@ -27,11 +27,11 @@ from hf_purify.comparison import control_rows, open_comparison, oracle_rows
 from hf_purify.errors import ConfigError, NotAVictim, PurifyError, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
-from hf_purify.provenance import describe_model, describe_stream, make_report, name_of, remarks_of, report_repair
 from hf_purify.publishing import check_target, push_written
 from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report, Row
+from hf_purify.reporting import describe_model, describe_stream, make_report, name_of, remarks_of, report_repair
 from hf_purify.resuming import kept
 from hf_purify.session import Session, creator, open_progress, open_session, streamed
 from hf_purify.sharding import is_sharded

@@ -21,11 +21,11 @@ from typing import Any
 from hf_purify.cards import make_card, read_metadata
 from hf_purify.companions import changes, oddities
 from hf_purify.errors import ConfigError, IndexMismatch, ModelError
-from hf_purify.evidence import Provenance, compared, hashes, read_files, read_provenance, write_provenance
 from hf_purify.folding import fold_files, folded, read_fold
 from hf_purify.hub import Pulled, pull
 from hf_purify.masks import MASK_FILE
 from hf_purify.output import folder as output_folder
+from hf_purify.provenance import Provenance, compared, hashes, read_files, read_provenance, write_provenance
 from hf_purify.report import Report, read_report
 from hf_purify.tensors import Difference, Tensors, difference
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from hf_purify.cards import make_card, read_metadata
-from hf_purify.evidence import Provenance, write_provenance
 from hf_purify.masks import MASK_FILE, save_mask
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.provenance import Provenance, write_provenance
 from hf_purify.report import Report, Row
 
 INDEX = NeuronIndex((NeuronGroup("fc", 3, (ParamSlice("fc.weight", 1),)),))

@@ -53,7 +53,7 @@ LAYERS = [
     {"session"},
     {"bench", "clean"},
     {"comparison"},
-    {"provenance"},
+    {"reporting"},
     {"purifier"},
     {"callbacks", "demo", "sweep", "verification"},
     {"cli"},

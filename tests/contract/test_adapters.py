@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hf_purify.adapter import Adapter, Tiny
 from hf_purify.errors import ConfigError, IndexMismatch
-from hf_purify.evidence import changed_tensors
 from hf_purify.folding import fold_files
 from hf_purify.masks import MASK_NAME, bake, load_mask, masked, save_mask
 from hf_purify.neurons import NeuronIndex, get_tensor
 from hf_purify.output import apply_mask
+from hf_purify.provenance import changed_tensors
 from hf_purify.registry import find, names
 from hf_purify_adapters._checkpoints import transformers_keys
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_purify.errors import IndexMismatch, ModelError
-from hf_purify.evidence import changed_tensors
 from hf_purify.folding import fold_files, read_fold
 from hf_purify.masks import MASK_FILE, save_mask
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
+from hf_purify.provenance import changed_tensors
 from hf_purify.tensors import Difference, Tensors, difference
 
 INDEX = NeuronIndex(

@@ -12,7 +12,7 @@ import pytest
 from papers import output_at, report_of
 
 from hf_purify.errors import ConfigError, ModelError, OutputError, PublishError, PurifyError
-from hf_purify.evidence import FILE
+from hf_purify.provenance import FILE
 from hf_purify.publishing import PushConfig, check_repository, checked_folder, cost_of, push
 from hf_purify.report import Report
 
