@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_purify.adapter import Batch, Examples, StandIn
+from hf_purify.adapter import Batch, Examples
+from hf_purify.stand_in import StandIn
 
 Look = Callable[[Batch], Tensor]
 

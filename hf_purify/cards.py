@@ -16,7 +16,8 @@ from hf_purify.redaction import one_line, redacted
 
 if TYPE_CHECKING:
     from hf_purify.provenance import Provenance
-    from hf_purify.report import Report, Row
+    from hf_purify.report import Report
+    from hf_purify.rows import Row
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 PIPELINES = ("image-classification", "object-detection", "video-classification", "text-classification", "text-generation", "translation")

@@ -22,7 +22,7 @@ from hf_purify.masks import bake
 from hf_purify.method import Context, Method, Verdict
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, names
-from hf_purify.report import Row
+from hf_purify.rows import Row
 from hf_purify.session import Session, open_progress, open_session
 from hf_purify.task import put_back, snapshot
 

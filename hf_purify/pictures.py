@@ -20,7 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from hf_purify.redaction import lines
 
 if TYPE_CHECKING:
-    from hf_purify.report import NeuronLayer, Row, Sample
+    from hf_purify.report import NeuronLayer, Sample
+    from hf_purify.rows import Row
 
 WIDTH = 10.0
 LIMIT = 200_000

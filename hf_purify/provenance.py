@@ -26,7 +26,8 @@ from hf_purify.folding import PROVENANCE, Fold, read_fold
 from hf_purify.hub import ALLOWED
 from hf_purify.masks import MASK_FILE
 from hf_purify.plain import checked
-from hf_purify.report import Report, Row
+from hf_purify.report import Report
+from hf_purify.rows import Row
 from hf_purify.tensors import Difference, Tensors, difference
 
 FORMAT = "hf-purify-provenance/1"

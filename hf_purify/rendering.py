@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hf_purify.metrics import Proportion
-    from hf_purify.report import Report, Row
+    from hf_purify.report import Report
+    from hf_purify.rows import Row
 
 TEXT_COLUMNS = ("Model", "Trigger")
 DASH = "\u2013"

@@ -14,70 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_purify import rendering
-from hf_purify.errors import ConfigError, ModelError, OutputError, did_you_mean
+from hf_purify.errors import ConfigError, ModelError, OutputError
 from hf_purify.files import replace_text
 from hf_purify.plain import checked, decoded, encoded, plain
+from hf_purify.rows import Row
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from hf_purify.metrics import Proportion
     from hf_purify.neurons import NeuronGroup
     from hf_purify.uploading import Uploaded
 
 FORMAT = "hf-purify-report/1"
-KINDS = ("unrepaired", "method", "control", "oracle", "other")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 REMOVED = 0.01
 BINS = 256
 # What a terminal or an editor obeys, and JSON may hold as it is: controls beyond ASCII, marks of direction, lone surrogates.
 STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-
-
-@dataclass
-class Row:
-    """One line of the table: a model and how it fared.
-
-    Args:
-        name: `none`, or the name of the method or control.
-        kind: `unrepaired`, `method`, `control`, `oracle` (chosen with the trigger known) or `other`.
-        clean_accuracy: on clean test samples.
-        asr: attack success rate by trigger name; empty where no trigger is known.
-        robust_accuracy: share of triggered samples given their true label, by trigger name.
-        der: defense effectiveness rating in 0..1 by trigger name; empty in the unrepaired row.
-        seconds: wall time of the repair.
-        notes: what else is known: the chosen threshold, where it stopped, `mcnemar_p` against the unrepaired model.
-        utility: other figures on clean test samples by name, such as BLEU.
-    """
-
-    name: str
-    kind: str
-    clean_accuracy: Proportion | None = None
-    asr: dict[str, Proportion] = field(default_factory=dict)
-    robust_accuracy: dict[str, Proportion] = field(default_factory=dict)
-    der: dict[str, float | None] = field(default_factory=dict)
-    seconds: float | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    utility: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"row '{self.name}': unknown kind '{self.kind}'{did_you_mean(self.kind, KINDS)} (known: {', '.join(KINDS)})")
-
-    @property
-    def label(self) -> str:
-        """The name, with the kind where it is not an ordinary method."""
-        return self.name if self.kind in ("method", "other") else f"{self.name} ({self.kind})"
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str = "row") -> Row:
-        values = checked(cls, data, where)
-        if values.get("clean_accuracy") is not None:
-            values["clean_accuracy"] = _proportion(values["clean_accuracy"], f"{where}.clean_accuracy")
-        for key in ("asr", "robust_accuracy"):
-            values[key] = {name: _proportion(p, f"{where}.{key}.{name}") for name, p in values.get(key, {}).items()}
-        return cls(**values)
 
 
 @dataclass
@@ -340,14 +294,3 @@ def read_report(folder: Path) -> Report:
 
 def _layer(data: Any, where: str) -> NeuronLayer:
     return NeuronLayer(**checked(NeuronLayer, data, where))
-
-
-def _proportion(data: Any, where: str) -> Proportion:
-    from hf_purify.metrics import Proportion
-
-    derived = ("value", "low", "high")
-    counts = {k: v for k, v in data.items() if k not in derived} if isinstance(data, Mapping) else data
-    proportion = Proportion(**checked(Proportion, counts, where))
-    if not 0 <= proportion.hits <= proportion.n:
-        raise ConfigError(f"{where}: expected 0 <= hits <= n, got hits={proportion.hits}, n={proportion.n}")
-    return proportion

@@ -15,7 +15,8 @@ from hf_purify.bench import samples_of
 from hf_purify.companions import oddities
 from hf_purify.comparison import Comparison, Repair
 from hf_purify.method import Method
-from hf_purify.report import NeuronLayer, Report, Row
+from hf_purify.report import NeuronLayer, Report
+from hf_purify.rows import Row
 from hf_purify.salience import relative_change
 from hf_purify.session import Session
 from hf_purify.sharding import Gathered

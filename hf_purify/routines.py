@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_purify import states
-from hf_purify.adapter import Batch, StandIn
+from hf_purify.adapter import Batch
 from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import masked
 from hf_purify.neurons import NeuronIndex, ParamSlice, get_tensor, owned, spread
 from hf_purify.resuming import stage
 from hf_purify.sharding import local, multiply_, total_norm
 from hf_purify.sharing import BATCH_NORM
+from hf_purify.stand_in import StandIn
 from hf_purify.task import Task, fetch, mode
 
 

@@ -22,7 +22,7 @@ from hf_purify.files import replace_text
 from hf_purify.output import process
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
-from hf_purify.report import Row
+from hf_purify.rows import Row
 from hf_purify_recipes.pages import CLEAN, FLOOR, Page
 
 log = logging.getLogger(__name__)

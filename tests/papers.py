@@ -14,7 +14,8 @@ from hf_purify.masks import MASK_FILE, save_mask
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
 from hf_purify.provenance import Provenance, write_provenance
-from hf_purify.report import Report, Row
+from hf_purify.report import Report
+from hf_purify.rows import Row
 
 INDEX = NeuronIndex((NeuronGroup("fc", 3, (ParamSlice("fc.weight", 1),)),))
 SHA = "0123456789abcdef0123456789abcdef01234567"

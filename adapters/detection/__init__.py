@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Adapter, Batch, Demo, Examples, Loaded, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Demo, Examples, Loaded, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
+from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection
 
 from .._checkpoints import check_weights, of_live

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel
 
-from hf_purify.adapter import Batch, Demo, Loaded, StandIn, Tiny
+from hf_purify.adapter import Batch, Demo, Loaded, Tiny
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
+from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names
 
 from .._checkpoints import Made, load_transformers, read_config

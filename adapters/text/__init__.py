@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Adapter, Batch, Examples, Loaded, Outline, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Examples, Loaded, Outline, Tiny
 from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronIndex
+from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names, open_data
 
 from .._checkpoints import check_weights

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Batch, Examples, StandIn
+from hf_purify.adapter import Batch, Examples
+from hf_purify.stand_in import StandIn
 
 from .examples import IGNORED
 from .loading import places

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Batch, Demo, Examples, Loaded, StandIn, Tiny
+from hf_purify.adapter import Batch, Demo, Examples, Loaded, Tiny
+from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names
 
 from .._classifiers import Classifier

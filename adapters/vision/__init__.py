@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Batch, Demo, Loaded, Outline, StandIn, Tiny
+from hf_purify.adapter import Batch, Demo, Loaded, Outline, Tiny
 from hf_purify.errors import ConfigError, did_you_mean
+from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names, open_data
 
 from .._classifiers import Classifier

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_purify.adapter import Adapter, Batch, StandIn, Tiny
+from hf_purify.adapter import Adapter, Batch, Tiny
 from hf_purify.errors import ConfigError
 from hf_purify.registry import find, names
+from hf_purify.stand_in import StandIn
 
 
 def kinds() -> list[tuple[str, str, str]]:

@@ -165,7 +165,8 @@ def test_markdown_and_terminal_of_hostile_names(name: str) -> None:
     from rich.console import Console
 
     from hf_purify.metrics import Proportion
-    from hf_purify.report import Report, Row
+    from hf_purify.report import Report
+    from hf_purify.rows import Row
 
     row = Row(name, "method", Proportion(1, 2), {name: Proportion(1, 2)}, {name: Proportion(1, 2)}, {name: 0.5})
     report = Report(name, name, rows=[Row("none", "unrepaired", Proportion(1, 2), {name: Proportion(1, 2)}), row], warnings=[name])

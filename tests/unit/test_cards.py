@@ -18,7 +18,7 @@ from papers import SHA, output_at, report_of
 from hf_purify.cards import make_card
 from hf_purify.errors import ConfigError, UnsafeCheckpoint
 from hf_purify.provenance import FILE, Provenance, read_provenance
-from hf_purify.report import Row
+from hf_purify.rows import Row
 
 SCHEMA = json.loads(importlib.resources.files("hf_purify_hub_cards").joinpath("provenance.schema.json").read_text("utf-8"))
 

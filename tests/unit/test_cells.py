@@ -11,7 +11,7 @@ import pytest
 
 from hf_purify.errors import Diverged
 from hf_purify.metrics import Proportion
-from hf_purify.report import Row
+from hf_purify.rows import Row
 from hf_purify_recipes import cells, pages
 
 COMMON = {"network": "net", "trigger": "badnets", "seed": 0, "samples": 9}

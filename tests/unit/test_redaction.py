@@ -14,7 +14,8 @@ from hf_purify.errors import ConfigError, UnknownName
 from hf_purify.output import command
 from hf_purify.recipe import PurifyRecipe
 from hf_purify.redaction import HIDDEN, lines, one_line, redacted
-from hf_purify.report import Report, Row
+from hf_purify.report import Report
+from hf_purify.rows import Row
 
 TOKEN = "hf_" + "Ab1" * 11
 LETTERS = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"

@@ -22,8 +22,9 @@ from hf_purify import pictures
 from hf_purify.errors import ConfigError, OutputError
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronGroup, ParamSlice
-from hf_purify.report import NeuronLayer, Report, Row, Sample
+from hf_purify.report import NeuronLayer, Report, Sample
 from hf_purify.reporting import warnings_of
+from hf_purify.rows import Row
 
 HOSTILE = "<script>alert(1)</script></td>|`$x_{"
 
