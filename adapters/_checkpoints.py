@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_purify.adapter import Loaded, spread_over
-from hf_purify.errors import ModelError, PurifyError, did_you_mean
+from hf_purify.errors import ModelError, PurifyError, did_you_mean, first_line
 from hf_purify.room import bounded
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -125,11 +125,6 @@ def load_model(folder: Path, source: str, auto: Any, what: str, head: Head | Non
     return model.eval()
 
 
-def first_line(error: Exception) -> str:
-    """What an error says in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def fsdp_config(config: Any, auto: Any, source: str, processes: int) -> Any:
     """How transformers spreads a model over processes as it loads it: layer by layer (FSDP2), so that none holds it whole.
 
@@ -174,7 +169,7 @@ def blank_model(config: Mapping[str, Any], source: str, auto: Any, what: str) ->
     except ModelError:
         raise
     except Exception as error:  # each type checks its settings in its own way
-        raise ModelError(f"no {what} can be made of the config of '{source}': {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"no {what} can be made of the config of '{source}': {first_line(error)}") from error
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
@@ -231,7 +226,7 @@ def load_transformers(folder: Path, source: str, revision: str | None, made: Mad
     try:
         processor = made.processor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"'{source}' has no {made.feeder}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"'{source}' has no {made.feeder}: {first_line(error)}") from error
     labels = class_labels(model.config)
     return Loaded(model, processor, labels, source, "transformers", revision, folder, transformers_keys(model), saver(folder))
 

@@ -46,22 +46,17 @@ LIMITS = (
 )
 
 
-def read_metadata(folder: Path | None) -> dict[str, Any]:
-    """What stands at the head of the card in a folder; empty where there is none."""
-    try:
-        text = (folder / "README.md").read_text("utf-8")[:100_000] if folder else ""
-        found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def write_pictures(out: Path, drawn: Mapping[str, list[str]]) -> None:
+    """Write the card's pictures into an output folder.
 
-
-def write_pictures(out: Path, report: Report) -> None:
-    """Write the card's pictures into an output folder."""
-    found = rendering.pictures_of(report, tuple(PICTURES))
-    if found:
+    Args:
+        drawn: all that a report has, as `rendering.pictures_of` gives them.
+    """
+    shown = [name for name in PICTURES if name in drawn]
+    if shown:
         (out / FOLDER).mkdir(exist_ok=True)
-    for name, (light, *_) in found.items():
+    for name in shown:
+        light, *_ = drawn[name]
         (out / FOLDER / f"{name}.png").write_bytes(base64.b64decode(light))
 
 

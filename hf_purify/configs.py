@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from hf_purify.errors import ModelError, UnsafeCheckpoint, did_you_mean, shown
 from hf_purify.filenames import check_name
 from hf_purify.limits import UNSIZED, check_sizes
+from hf_purify.plain import unique_keys
 
 CONFIGS = (
     *("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json"),
@@ -59,17 +59,13 @@ def read_json(file: Path, source: str, largest: int = LARGEST_CONFIG) -> dict[st
     """
     name = file.name
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(k for k, _ in pairs).most_common(1)[0][0]
-            raise UnsafeCheckpoint(f"'{name}' of '{source}' has the key {shown(twice)} twice; which one counts depends on who reads it")
-        return found
+    def repeated(key: str) -> UnsafeCheckpoint:
+        return UnsafeCheckpoint(f"'{name}' of '{source}' has the key {shown(key)} twice; which one counts depends on who reads it")
 
     try:
         if (size := file.stat().st_size) > largest:
             raise UnsafeCheckpoint(f"'{name}' of '{source}' has {size} bytes; expected at most {largest}")
-        content = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=unique)
+        content = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys(repeated))
     except RecursionError as error:
         raise UnsafeCheckpoint(f"'{name}' of '{source}' is nested more than {DEEPEST} levels deep") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_purify.adapter import Adapter, Outline
 from hf_purify.checkpointing import check_layers
-from hf_purify.errors import ConfigError, ModelError, unknown
+from hf_purify.errors import ConfigError, ModelError, first_line, unknown
 from hf_purify.hub import pull_config
 from hf_purify.loop import steps_of
 from hf_purify.memory import Memory, memory_of
@@ -261,7 +261,5 @@ def find_neurons(adapter: Adapter, config: Mapping[str, Any], network: nn.Module
             made = adapter.outline(narrow(config) if wide else config, TOKENS if "max_length" in adapter.settings else None)
             index = adapter.index(made.loaded, made.batch(2))
     except RuntimeError as error:
-        raise ModelError(
-            f"the neurons of {type(network).__name__} cannot be found without its weights: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"the neurons of {type(network).__name__} cannot be found without its weights: {first_line(error)}") from error
     return NeuronIndex(tuple(widened(g, network) for g in index)) if wide else index

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_purify.errors import ModelError, PurifyError, UnsafeCheckpoint, shown
+from hf_purify.plain import unique_keys
 
 PREFIX = 8  # bytes, which hold the header's length
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -125,12 +125,8 @@ def _no_header(path: Path, start: bytes, length: int, total: int) -> PurifyError
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
     """The header's JSON, without what readers of JSON disagree about: repeated keys, NaN, minus zero."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(k for k, _ in pairs).most_common(1)[0][0]
-            raise UnsafeCheckpoint(f"the header of '{path}' names {shown(twice)} twice")
-        return found
+    def repeated(key: str) -> UnsafeCheckpoint:
+        return UnsafeCheckpoint(f"the header of '{path}' names {shown(key)} twice")
 
     def number(text: str) -> int:
         if text.startswith("-") or len(text) > 19:
@@ -141,7 +137,7 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
         raise UnsafeCheckpoint(f"the header of '{path}' holds {text}, which is no JSON")
 
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=number, parse_constant=constant)
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys(repeated), parse_int=number, parse_constant=constant)
     except RecursionError as error:
         raise UnsafeCheckpoint(f"the header of '{path}' is nested too deeply") from error
     except ValueError as error:

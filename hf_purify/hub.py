@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_token, hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,9 +25,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from yaml import YAMLError
 
 from hf_purify.configs import CONFIGS, LARGEST_CONFIG, read_config, safe_config
-from hf_purify.errors import ModelError, UnsafeCheckpoint
+from hf_purify.errors import ModelError, UnsafeCheckpoint, first_line
 from hf_purify.filenames import check_links, check_listing
 from hf_purify.files import replace_text
 from hf_purify.weights import LARGEST_INDEX, check_weights
@@ -57,8 +58,7 @@ ALLOWED = [
     "*.txt",
 ]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
-
-
+LARGEST_CARD = 2**20  # bytes
 LARGEST_TEXT = 256 * 2**20  # bytes of a tokenizer or a vocabulary, which libraries read whole
 FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
@@ -187,7 +187,7 @@ def _list(source: str, revision: str | None, token: str | bool) -> Listing:
     except Exception as error:  # without a network the HTTP library raises errors of its own, other ones in each version
         if isinstance(error, HfHubHTTPError) and _status(error) < 500:
             raise
-        raise Unreached(f"it cannot be reached ({_first_line(error)})") from error
+        raise Unreached(f"it cannot be reached ({first_line(error)})") from error
     sizes = {s.rfilename: s.size for s in found.siblings or []}
     check_listing(sizes, ALLOWED, source)
     if not found.sha:
@@ -208,13 +208,24 @@ def _remember(folder: Path, revision: str | None, commit: str) -> None:
         replace_text(ref, commit)
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """A folder, or the id and the revision of `id@revision`."""
+    source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    return source, revision or None
+
+
+def read_metadata(folder: Path | None) -> dict[str, Any]:
+    """What stands at the head of the card in a folder; empty where there is none that can be read."""
+    card = folder / "README.md" if folder else None
+    try:
+        return (metadata_load(card) or {}) if card and card.is_file() and card.stat().st_size <= LARGEST_CARD else {}
+    except (ValueError, YAMLError, RecursionError, OSError):
+        return {}
+
+
 def _check_id(source: str) -> None:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(f"no folder '{source}', and it is neither a Hub id (owner/name) nor a name that the modality's libraries know")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reason(error: Exception, revision: str | None) -> str:
@@ -225,7 +236,7 @@ def _reason(error: Exception, revision: str | None) -> str:
         return f"it has no branch, tag or commit '{revision}'"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such model, or it is private: log in with `hf auth login` as somebody who may read it"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _check_names(names: list[str], source: str) -> None:

@@ -26,7 +26,7 @@ LIMITS = tuple(
         (r"(?:\w+_)?(?:size|sizes|dim|dims|embeddings|positions|width|height|features)|d_\w+|shortest_edge|longest_edge", 2**28),
     )
 )
-ALLOWED = {"chunk_size", "num_images", "max_relative_positions"}  # where a negative number is a word for `no limit`
+UNLIMITED = {"chunk_size", "num_images", "max_relative_positions"}  # where a negative number is a word for `no limit`
 # Of which a model has at least one.
 POSITIVE = re.compile(
     r"(?:\w+_)?(?:hidden_size|patch_size|embed_dim)|intermediate_size|embedding_size|vocab_size|image_size|num_channels"
@@ -53,7 +53,7 @@ def check_sizes(config: dict[str, Any], name: str, source: str) -> None:
         return
     for path, key, value in _sizes(config, ()):
         limit = next((most for pattern, most in LIMITS if pattern.fullmatch(key)), None)
-        if limit is None or key in ALLOWED:
+        if limit is None or key in UNLIMITED:
             continue
         lowest = 1 if POSITIVE.fullmatch(key) else 0
         if problem := _problem(key, value, lowest, limit):

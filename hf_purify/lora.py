@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ModelError, UnsafeCheckpoint, shown
+from hf_purify.errors import ModelError, UnsafeCheckpoint, first_line, shown
 from hf_purify.headers import read_header
 from hf_purify.hub import ALLOWED, pickle_error, read_config
 from hf_purify.neurons import NeuronIndex
@@ -136,7 +136,7 @@ def new_lora(base: Loaded, rank: int) -> Loaded:
     try:
         peft = insert(base.model, config)
     except ValueError as error:
-        raise ModelError(f"no LoRA for '{base.source}': {str(error).splitlines()[0]}") from error
+        raise ModelError(f"no LoRA for '{base.source}': {first_line(error)}") from error
     config.base_model_name_or_path, config.revision, config.inference_mode = base.source, base.revision, True
     return _loaded(base, peft, f"a LoRA of rank {rank} on {base.source}", None, None, {})
 

@@ -21,13 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_purify import registry
-from hf_purify.cards import make_card, read_metadata, write_pictures
+from hf_purify.cards import make_card, write_pictures
 from hf_purify.errors import ConfigError, IndexMismatch, OutputError
+from hf_purify.hub import read_metadata
 from hf_purify.ia3 import save_ia3
 from hf_purify.lora import CONFIG, check_base
 from hf_purify.masks import MASK_FILE, bake, load_mask, save_mask
 from hf_purify.neurons import NeuronIndex
 from hf_purify.provenance import write_provenance
+from hf_purify.rendering import pictures_of
 from hf_purify.sharding import is_sharded
 from hf_purify.task import put_back, snapshot
 
@@ -234,8 +236,9 @@ def write_victim(out: Path | None, session: Session, report: Report, recipe: Imp
 def write_papers(out: Path, kind: str, session: Session, report: Report) -> None:
     """Write what is said about a checkpoint: recipe, report, pictures, provenance and card."""
     (out / "recipe.yaml").write_text(session.recipe.to_yaml(), "utf-8")
-    report.save(out)
-    write_pictures(out, report)
+    drawn = pictures_of(report)
+    report.save(out, drawn)
+    write_pictures(out, drawn)
     base = session.loaded.folder
     write_provenance(out, kind, report, base, lambda found: make_card(report, found, out_name(session), read_metadata(base)))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,18 @@ from hf_purify.redaction import redacted
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def unique_keys(refuse: Callable[[str], Exception]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """For `json.loads`, as `object_pairs_hook`: raises what `refuse` makes of a repeated key, of which readers take one or the other."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise refuse(Counter(k for k, _ in pairs).most_common(1)[0][0])
+        return found
+
+    return unique
 
 
 def checked(cls: type, data: Any, where: str) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hf_purify.cards import REPOSITORY, make_card, read_metadata
+from hf_purify.cards import REPOSITORY, make_card
 from hf_purify.errors import ConfigError, OutputError, PublishError
-from hf_purify.hub import PICKLES
+from hf_purify.hub import PICKLES, read_metadata
 from hf_purify.masks import MASK_FILE
 from hf_purify.plain import checked
 from hf_purify.provenance import CARD, FILE, Provenance, check_files, read_provenance

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from hf_purify.adapter import Adapter, Batch
 from hf_purify.checkpointing import recomputed
-from hf_purify.errors import ModelError
+from hf_purify.errors import ModelError, first_line
 from hf_purify.masks import masked
 from hf_purify.method import Training
 from hf_purify.task import mode, movable
@@ -84,9 +84,7 @@ def rehearse(
             kept, forward = books.held, books.flops
             loss.backward()
         except RuntimeError as error:  # what torch raises where a tensor's values are asked for
-            raise ModelError(
-                f"{type(model).__name__} does not run without values, and cannot be estimated: {str(error).splitlines()[0]}"
-            ) from error
+            raise ModelError(f"{type(model).__name__} does not run without values, and cannot be estimated: {first_line(error)}") from error
         return Cost(samples, kept, books.peak, forward, books.flops - forward)
 
 

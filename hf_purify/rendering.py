@@ -7,7 +7,7 @@ import html
 import importlib.resources
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,11 +117,21 @@ def terminal_table(report: Report) -> Table:
     return table
 
 
-def page(report: Report) -> str:
-    """A page that needs nothing else: no network, no script; light, dark and on paper."""
+def page(report: Report, pictures: Mapping[str, list[str]] | None = None) -> str:
+    """A page that needs nothing else: no network, no script; light, dark and on paper.
+
+    Args:
+        pictures: what `pictures_of` has drawn, where that was done before.
+    """
     heads, rows = grid(report)
     return template("report.html.j2").render(
-        report=report, facts=report.to_dict(), heads=heads, own=own_columns(heads), rows=rows, pictures=pictures_of(report), zip=zip
+        report=report,
+        facts=report.to_dict(),
+        heads=heads,
+        own=own_columns(heads),
+        rows=rows,
+        pictures=pictures_of(report) if pictures is None else pictures,
+        zip=zip,
     )
 
 
@@ -212,12 +222,8 @@ def _accuracy_change(before: Proportion | None, after: Proportion | None) -> str
     return f"{'gained' if points > 0 else 'cost'} {abs(points):.1f} points of clean accuracy"
 
 
-def pictures_of(report: Report, wanted: Collection[str] | None = None) -> dict[str, list[str]]:
-    """What there is to show: name -> base64 PNG, light and dark. A mask of ones, scores of zero and no change are nothing.
-
-    Args:
-        wanted: names, each in light alone; None for all, in both.
-    """
+def pictures_of(report: Report) -> dict[str, list[str]]:
+    """What there is to show: name -> base64 PNG, light and dark. A mask of ones, scores of zero and no change are nothing."""
     from hf_purify import pictures
 
     rows = [row for row in report.ordered if row.clean_accuracy or row.asr]
@@ -233,5 +239,4 @@ def pictures_of(report: Report, wanted: Collection[str] | None = None) -> dict[s
         "change": partial(pictures.change_figure, moved) if any(layer.change for layer in moved) else None,
         "scores": partial(pictures.salience_figure, scored) if any(q for layer in scored for q in layer.scores) else None,
     }
-    themes, chosen = ((False, True), draw) if wanted is None else ((False,), {name: draw[name] for name in wanted})
-    return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in themes] for name, figure in chosen.items() if figure}
+    return {name: [base64.b64encode(figure(dark=dark)).decode() for dark in (False, True)] for name, figure in draw.items() if figure}

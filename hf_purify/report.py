@@ -263,14 +263,17 @@ class Report:
         """A page that needs nothing else: no network, no script; light, dark and on paper."""
         return rendering.page(self)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, pictures: Mapping[str, list[str]] | None = None) -> Path:
         """Write `report.json` and `report.html`; each replaces its predecessor whole or not at all.
+
+        Args:
+            pictures: what `rendering.pictures_of` has drawn, where that was done before.
 
         Raises:
             OutputError: the folder cannot be written.
         """
         folder = Path(folder)
-        texts = {"report.json": self.to_json(), "report.html": self.to_html()}
+        texts = {"report.json": self.to_json(), "report.html": rendering.page(self, pictures)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():

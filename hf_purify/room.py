@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
-from hf_purify.errors import ModelError
+from hf_purify.errors import ModelError, first_line
 from hf_purify.weights import check_weights
 
 # A tied matrix is stored once and made up to four times (T5: shared, encoder, decoder, head) before it is tied; the spare is for heads
@@ -68,7 +68,7 @@ def bounded(folder: Path, source: str, spread: bool = False) -> Iterator[None]:
                 raise
             # a library that makes tensors before it registers them; what was asked for stands in the allocator's words
             raise ModelError(
-                f"the config of '{source}' describes a larger model than the memory holds ({str(error).splitlines()[0]}); its weights hold "
+                f"the config of '{source}' describes a larger model than the memory holds ({first_line(error)}); its weights hold "
                 f"{held:,} values"
             ) from error
 

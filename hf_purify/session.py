@@ -255,8 +255,8 @@ def load(recipe: Recipe) -> tuple[Adapter, Loaded]:
         raise lora.wanted_base(wanted, name)
     if getattr(recipe, "lora", None) is not None:
         raise ConfigError(f"'{name}' is a LoRA already: leave lora (--lora) out to train it on")
-    source, _, revision = (recipe.base, "", "") if Path(recipe.base).is_dir() else recipe.base.partition("@")
-    base = hub.pull(next((found for a in known if (found := a.locate(source))), source), revision or None)
+    source, revision = hub.split_name(recipe.base)
+    base = hub.pull(next((found for a in known if (found := a.locate(source))), source), revision)
     if lora.read_lora(base.folder, source) is not None:
         raise ModelError(f"the base '{source}' is an adapter itself; name the checkpoint that it is for")
     adapter, loaded = load_checkpoint(recipe, known, source, base, pulled.folder)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-d
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_purify.errors import DataError, did_you_mean
+from hf_purify.errors import DataError, did_you_mean, first_line
 
 TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -149,9 +149,7 @@ def _open(data: Any, split: str | None, revision: str | None, loose: str | None,
     except DataError:
         raise
     except Exception as error:
-        raise DataError(
-            f"cannot read the data set '{name}': {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise DataError(f"cannot read the data set '{name}': {type(error).__name__}: {first_line(error)}") from error
 
 
 def _load(suffix: str, files: dict, streaming: bool) -> Any:

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as WireError  # type: ignore[attr-defined]  # of httpx, whichever it is built on
 
-from hf_purify.errors import PublishError
+from hf_purify.errors import PublishError, first_line
 
 TRIES = 4
 FIRST_WAIT = 1.0  # seconds before the second try; each further one waits twice as long
@@ -124,10 +124,13 @@ def upload(
         _patiently(repository, lambda: api.create_repo(repository, private=private, repo_type=kind, exist_ok=True, space_sdk=space_sdk))
         parent = _patiently(repository, lambda: api.repo_info(repository, repo_type=kind)).sha
 
+    tried: list[str] = []  # before the first try, nobody needs to ask what became of it
+
     def commit() -> Any:
         adding = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
         taking = [CommitOperationDelete(name, is_folder=False) for name in removed]
-        head = parent if create_pr else _patiently(repository, lambda: api.repo_info(repository, repo_type=kind)).sha
+        head = api.repo_info(repository, repo_type=kind).sha if tried and not create_pr else parent
+        tried.append(repository)
         done = head != parent and _holds(api, repository, kind, files)  # an earlier try came through, and its answer was lost
         return api.create_commit(
             repository,
@@ -191,7 +194,7 @@ def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...
                 raise _refused(repository, status, answer) from None
             time.sleep(_asked(answer) or waited)
         except (HFValidationError, OfflineModeIsEnabled) as error:
-            raise PublishError(f"cannot push to '{repository}': {_first(error)}") from None
+            raise PublishError(f"cannot push to '{repository}': {first_line(error)}") from None
         except (
             WireError,
             ConnectionError,
@@ -199,7 +202,7 @@ def _patiently(repository: str, call: Callable[[], Found], again: tuple[int, ...
         ) as error:  # the line broke, or a page of a proxy came in the place of an answer
             if 500 not in again or not left:
                 raise PublishError(
-                    f"the connection to the Hub broke while pushing to '{repository}' ({_first(error) or type(error).__name__}); nothing was committed that "
+                    f"the connection to the Hub broke while pushing to '{repository}' ({first_line(error)}); nothing was committed that "
                     "you would see: push again, and what has arrived is not sent twice"
                 ) from None
             time.sleep(waited)
@@ -221,7 +224,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _refused(repository: str, status: int, error: HfHubHTTPError) -> PublishError:
-    reason = REASONS.get(status) or f"the Hub answered {status}: {error.server_message or _first(error)}"
+    reason = REASONS.get(status) or f"the Hub answered {status}: {error.server_message or first_line(error)}"
     said = f" ({error.server_message})" if status in REASONS and error.server_message else ""
     return PublishError(f"cannot push to '{repository}': {reason}{said}")
 
@@ -230,8 +233,3 @@ def _asked(error: HfHubHTTPError) -> float:
     """Seconds that the server asks to wait; 0 where it does not say."""
     asked = error.response.headers.get("Retry-After", "")
     return min(float(asked), PATIENCE) if asked.isdecimal() else 0.0
-
-
-def _first(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [""])[0]

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_purify.cards import make_card, read_metadata
+from hf_purify.cards import make_card
 from hf_purify.companions import changes, oddities
 from hf_purify.errors import ConfigError, IndexMismatch, ModelError
 from hf_purify.folding import fold_files, folded, read_fold
-from hf_purify.hub import Pulled, pull
+from hf_purify.hub import Pulled, pull, read_metadata, split_name
 from hf_purify.masks import MASK_FILE
 from hf_purify.output import folder as output_folder
 from hf_purify.provenance import Provenance, compared, hashes, read_files, read_provenance, write_provenance
@@ -119,11 +119,11 @@ def apply(repair: str, to: str, output: str | Path, revision: str | None = None,
         IndexMismatch: the repair belongs to other weights, or is not whole.
         OutputError: the output exists.
     """
-    source, _, commit = (to, "", "") if Path(to).is_dir() else to.partition("@")
+    source, commit = split_name(to)
     with output_folder(str(output), overwrite) as out:
         given = pull(repair, revision)
         provenance = read_provenance(given.folder)
-        origin = pull(source, commit or None)
+        origin = pull(source, commit)
         files = hashes(read_files(origin.folder), origin.folder)
         if wrong := _other_weights(provenance, files):
             raise IndexMismatch(
@@ -154,8 +154,8 @@ def _base_of(provenance: Provenance, base: str | None) -> tuple[Pulled, str]:
         raise ConfigError(
             f"the provenance names no commit of a base ('{provenance.base.get('source')}'): give it as base=... (--base), as a folder or id@commit"
         )
-    source, _, commit = (named, "", "") if Path(named).is_dir() else named.partition("@")
-    pulled = pull(source, commit or None)
+    source, commit = split_name(named)
+    pulled = pull(source, commit)
     return pulled, f"{source}@{pulled.revision}" if pulled.revision else source
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_purify.cards import make_card, read_metadata
+from hf_purify.cards import make_card
+from hf_purify.hub import read_metadata
 from hf_purify.masks import MASK_FILE, save_mask
 from hf_purify.metrics import Proportion
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice

@@ -36,6 +36,7 @@ IMPORT_NAMES = {
 LAYERS = [
     {"redaction"},
     {"errors", "files"},
+    {"plain"},
     {"filenames", "headers", "limits"},
     {"configs"},
     {"weights"},
@@ -49,7 +50,7 @@ LAYERS = [
     {"routines"},
     {"method"},
     {"methods"},
-    {"APART", "catalogue", "hub", "output", "pictures", "plain", "recipe", "registry", "rendering", "report", "tables"},
+    {"APART", "catalogue", "hub", "output", "pictures", "recipe", "registry", "rendering", "report", "tables"},
     {"session"},
     {"bench", "clean"},
     {"comparison"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel
 
 from hf_purify.adapter import Batch, Demo, Loaded, Tiny
-from hf_purify.errors import ConfigError, ModelError, did_you_mean, unknown
+from hf_purify.errors import ConfigError, ModelError, did_you_mean, first_line, unknown
 from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names
 
@@ -67,7 +67,7 @@ class PointCloudAdapter(Classifier):
         try:
             model = AutoModel.from_config(config)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{architecture} cannot be made with {options}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{architecture} cannot be made with {options}: {first_line(error)}") from error
 
         def save(model: nn.Module, out: Path) -> None:
             model.save_pretrained(out)  # type: ignore[operator]
@@ -184,9 +184,7 @@ def _wrap(model: nn.Module, processor: Any, labels: list[str] | None) -> Loaded:
             PointCloudAdapter().logits(model.eval(), {"points": points.to(weight.device, weight.dtype)})
     except (RuntimeError, ValueError, IndexError) as error:
         shape = "(B, 3, P)" if _channels_first(model) else "(B, P, 3)"
-        raise ModelError(
-            f"{type(model).__name__} cannot read clouds {shape}, as its first layer suggests: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"{type(model).__name__} cannot read clouds {shape}, as its first layer suggests: {first_line(error)}") from error
     finally:
         model.train(training)
     return of_module(model, processor or PointCloudFeatureExtractor(), labels)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.errors import ConfigError, ModelError, did_you_mean, first_line
 
 from .._checkpoints import class_labels, load_model, of_live, read_config, read_head, read_records, saver, transformers_keys
 from .prompts import CAUSAL, CLASSIFIER, LONGEST, SEQ2SEQ, Prompt
@@ -112,7 +112,7 @@ def load_tokenizer(folder: str | Path, source: str) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a broken tokenizer file raises is not documented
-        raise ModelError(f"'{source}' has no tokenizer that can be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise ModelError(f"'{source}' has no tokenizer that can be read: {first_line(error)}") from error
     if len(found) <= len(found.all_special_ids):  # transformers makes an empty one where there are no files
         raise ModelError(f"'{source}' has no tokenizer, or one that knows no words: put the files of its tokenizer beside the weights")
     return found
@@ -201,7 +201,7 @@ def new_model(
     try:
         config = AutoConfig.for_model(architecture, **options)
     except Exception as error:  # each type checks its settings in its own way
-        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {first_line(error)}") from error
     kind = CLASSIFIER if classes else SEQ2SEQ if config.is_encoder_decoder else CAUSAL
     auto = auto_class(kind)
     if type(config) not in auto._model_mapping:
@@ -209,7 +209,7 @@ def new_model(
     try:
         model = auto.from_config(config)
     except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError) as error:  # sizes that do not go together
-        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"no model of type '{architecture}' can be made of these options: {first_line(error)}") from error
     prompt = make_prompt(read, kind, model, settings, None, architecture)
 
     def save(model: nn.Module, out: Path) -> None:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_purify.adapter import Loaded
-from hf_purify.errors import ModelError, PurifyError
+from hf_purify.errors import ModelError, PurifyError, first_line
 from hf_purify.room import bounded
 
-from .._checkpoints import Made, copy_companions, first_line, load_transformers, read_config
+from .._checkpoints import Made, copy_companions, load_transformers, read_config
 from .._classifiers import of_module
 from .._prepared import Prepare
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_purify.adapter import Batch, Loaded, Outline
-from hf_purify.errors import ConfigError, ModelError, did_you_mean
+from hf_purify.errors import ConfigError, ModelError, did_you_mean, first_line
 
 from .._checkpoints import blank_model, stored_dtype
 
@@ -51,5 +51,5 @@ def _timm(config: Mapping[str, Any]) -> tuple[Loaded, tuple[int, int, int]]:
     try:
         model = timm.create_model(name, pretrained=False, pretrained_cfg=dict(config.get("pretrained_cfg") or {}), **given)
     except Exception as error:  # each architecture checks its settings in its own way
-        raise ModelError(f"timm can make no '{name}' of this config: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"timm can make no '{name}' of this config: {first_line(error)}") from error
     return Loaded(model.eval(), None, [], name, "timm"), timm.data.resolve_model_data_config(model)["input_size"]

@@ -141,7 +141,7 @@ def test_logs_and_warnings_pass_the_shield(caplog: pytest.LogCaptureFixture, mon
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     shield_logs()
     shield_logs()
-    log = logging.getLogger("some.library")
+    log = logging.getLogger("another.package")
     try:
         raise ValueError(TOKEN)
     except ValueError:
