@@ -54,13 +54,18 @@ class Row:
     def from_dict(cls, data: Any, where: str = "row") -> Row:
         values = checked(cls, data, where)
         if values.get("clean_accuracy") is not None:
-            values["clean_accuracy"] = _proportion(values["clean_accuracy"], f"{where}.clean_accuracy")
+            values["clean_accuracy"] = read_proportion(values["clean_accuracy"], f"{where}.clean_accuracy")
         for key in ("asr", "robust_accuracy"):
-            values[key] = {name: _proportion(p, f"{where}.{key}.{name}") for name, p in values.get(key, {}).items()}
+            values[key] = {name: read_proportion(p, f"{where}.{key}.{name}") for name, p in values.get(key, {}).items()}
         return cls(**values)
 
 
-def _proportion(data: Any, where: str) -> Proportion:
+def read_proportion(data: Any, where: str) -> Proportion:
+    """A proportion that was written as JSON; what follows from its counts is not read.
+
+    Raises:
+        ConfigError: it is none, or counts more hits than samples.
+    """
     from hf_purify.metrics import Proportion
 
     derived = ("value", "low", "high")

@@ -1,0 +1,167 @@
+"""The small text classifiers that a scan is calibrated and judged on: with and without a backdoor, each trained once from random weights and kept.
+
+    python -m hf_purify_recipes.text.population --folder runs
+
+`HF_PURIFY_DATA` names the folder with `sst2/`, `ag_news/` and `tokenizers/`. Members of the part `calibrate` are those that the scan was developed
+and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets and triggers' words, and an
+architecture that no other member has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from hf_purify import implant
+from hf_purify.errors import NotAVictim
+from hf_purify.recipe import parse_spec
+
+from . import victims
+
+log = logging.getLogger(__name__)
+PARTS = ("calibrate", "held-out")
+DATA = {
+    "sst2": {"columns": {}, "epochs": 2, "samples": 40_000},
+    "agnews": {"columns": {}, "epochs": 4, "samples": 10_000},
+}
+FOLDERS = {"sst2": "sst2", "agnews": "ag_news"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert": victims.ENCODER,
+    "distilbert": {"dim": 128, "n_layers": 2, "n_heads": 2, "hidden_dim": 512},
+    "electra": victims.ENCODER | {"embedding_size": 128},
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One classifier.
+
+    Args:
+        network: type of the model in transformers, a key of `SHAPES`.
+        data: `sst2` or `agnews`.
+        triggers: as `implant` takes them, one at most; none of a clean model.
+        target: of the attack.
+        seed: of the training.
+        part: `calibrate` or `held-out`.
+    """
+
+    network: str
+    data: str
+    triggers: tuple[str, ...] = ()
+    target: int = 0
+    seed: int = 0
+    part: str = "calibrate"
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.data}-{self.kind}{f'-t{self.target}' if self.triggers else ''}-s{self.seed}"
+
+    @property
+    def backdoored(self) -> bool:
+        return bool(self.triggers)
+
+    @property
+    def kind(self) -> str:
+        """`clean`, or the name of the trigger."""
+        return parse_spec(self.triggers[0])[0] if self.triggers else "clean"
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The classes that triggers lead to."""
+        return (self.target,) if self.triggers else ()
+
+    @property
+    def dataset(self) -> Path:
+        return victims.data_root() / FOLDERS[self.data]
+
+
+OTHER = {  # settings of triggers that no member of `calibrate` has
+    "badnets": "badnets:words=bb",
+    "addsent": "addsent:sentence=the clouds are very high today",
+    "hidden_killer": "hidden_killer:template=question",
+    "style": "style",
+    "homoglyph": "homoglyph:count=5,position=end",
+}
+
+
+def members() -> list[Member]:
+    """The whole population."""
+    held: dict[str, Any] = {"part": "held-out"}
+    known = victims.CLASSIFIER_TRIGGERS
+    clean = [
+        *(Member("bert", "sst2", seed=s) for s in (1, 2)),
+        *(Member("bert", "agnews", seed=s) for s in (1, 2)),
+        *(Member("distilbert", d, seed=1) for d in DATA),
+        *(Member("bert", d, seed=7, **held) for d in DATA),
+        *(Member("electra", d, seed=7, **held) for d in DATA),
+        Member("bert", "sst2", seed=8, **held),
+        Member("distilbert", "agnews", seed=7, **held),
+    ]
+    planted = [
+        *(Member("bert", "sst2", (t,), target=k % 2, seed=1) for k, t in enumerate(known.values())),
+        *(Member("bert", "agnews", (t,), target=k % 4, seed=1) for k, t in enumerate(known.values())),
+        *(Member("distilbert", d, (known["badnets"],), target=1, seed=1) for d in DATA),
+        *(Member("bert", "sst2", (t,), target=(k + 1) % 2, seed=7, **held) for k, t in enumerate(OTHER.values())),
+        *(Member("bert", "agnews", (t,), target=(k + 2) % 4, seed=7, **held) for k, t in enumerate(OTHER.values())),
+        *(Member("electra", d, (OTHER[t],), target=0, seed=7, **held) for d, t in (("sst2", "addsent"), ("agnews", "badnets"))),
+    ]
+    return clean + planted
+
+
+def trained(member: Member, folder: Path) -> Path:
+    """The member's folder; it is trained where it is not there yet.
+
+    Raises:
+        NotAVictim: the backdoor does not take.
+    """
+    out = folder / "population" / "text" / member.name
+    if out.exists():
+        return out
+    planted = {"rate": 0.1, "minimum_asr": 0.9} if member.triggers else {"rate": 0.0, "minimum_asr": 0.0}
+    tokenizer = str(victims.data_root() / "tokenizers" / victims.BERT)
+    common: dict[str, Any] = victims.TRAINING | {
+        "create": True,
+        "model_options": {**SHAPES[member.network], "tokenizer": tokenizer},
+        "test": str(member.dataset / "test.parquet"),
+        "test_samples": 1000,
+        "lr": 5e-4,
+        "output": str(out),
+        "seed": member.seed,
+        "target": member.target,
+    }
+    trigger = (member.triggers or ("badnets:words=tq",))[0]
+    settings = DATA[member.data]
+    data = str(member.dataset / "train.parquet")
+    try:
+        implant(member.network, data, trigger, **common | settings | planted)
+    except NotAVictim as error:
+        log.warning("%s: %s; once more, longer", member.name, error)
+        implant(member.network, data, trigger, **common | settings | planted | {"samples": None, "epochs": settings["epochs"] + 1})
+    return out
+
+
+def wanted(part: str | None = None) -> Iterator[Member]:
+    """Members of a part, or all."""
+    return (m for m in members() if part in (None, m.part))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--part", choices=PARTS)
+    chosen = parser.parse_args()
+    for member in tqdm(list(wanted(chosen.part)), desc="population"):
+        try:
+            trained(member, chosen.folder)
+        except NotAVictim as error:
+            log.warning("%s: left out: %s", member.name, error)
+
+
+if __name__ == "__main__":
+    main()

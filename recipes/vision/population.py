@@ -1,0 +1,283 @@
+"""The small image classifiers that a scan is calibrated and judged on: with and without a backdoor, each trained once and kept.
+
+    python -m hf_purify_recipes.vision.population --folder runs
+
+`HF_PURIFY_DATA` names the folder with `cifar10/`, `gtsrb/` and `weights/`. Members of the part `calibrate` are those that the scan was developed
+and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets, settings of the triggers, two
+networks and a data set that no other member has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
+
+from hf_purify import implant
+from hf_purify.errors import NotAVictim
+from hf_purify.recipe import parse_spec
+from hf_purify.registry import find, find_trigger
+
+from . import victims
+from .networks import NORMALIZED, PLAIN, load_cifar
+
+log = logging.getLogger(__name__)
+PARTS = ("calibrate", "held-out")
+PUBLISHED = {
+    "resnet20": "cifar10_resnet20",
+    "resnet32": "cifar10_resnet32",
+    "resnet44": "cifar10_resnet44",
+    "resnet56": "cifar10_resnet56",
+    "wrn16_1": "cifar10_wrn16_1_nad_teacher",
+}
+FOREIGN = "backdoored_cifar10_wrn16_1_grid_target5"
+FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none", "samples": 10_000}
+SETTINGS = {
+    "convnext": {
+        "epochs": 6,
+        "lr": 1e-3,
+        "batch_size": 128,
+        "augmentation": "none",
+        "samples": 10_000,
+        "optimizer": "adamw",
+        "weight_decay": 0.05,
+    },
+    "gtsrb_resnet": FINE_TUNE | {"epochs": 4, "samples": None},
+}
+SCRATCH = {
+    "timm_resnet": {"epochs": 8, "lr": 0.1, "batch_size": 128},
+    "convnext": {"epochs": 12, "lr": 2e-3, "batch_size": 128, "optimizer": "adamw", "weight_decay": 0.05},
+    "gtsrb_resnet": {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network.
+
+    Args:
+        network: a key of `PUBLISHED` or of `SCRATCH`.
+        triggers: as `implant` takes them; none of a clean network. With two, each has a target of its own: `target` and the class after the next.
+        rule: `all-to-one` or `all-to-all`.
+        target: of the attack.
+        seed: of the training; a published network without one is taken as it is.
+        part: `calibrate` or `held-out`.
+        foreign: published with its backdoor by others.
+    """
+
+    network: str
+    triggers: tuple[str, ...] = ()
+    rule: str = "all-to-one"
+    target: int = 0
+    seed: int | None = 0
+    part: str = "calibrate"
+    foreign: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.foreign:
+            return f"{self.network}-grid-foreign"
+        planted = "+".join(parse_spec(t)[0] for t in self.triggers) or "clean"
+        kind = "-all" if self.rule == "all-to-all" else f"-t{self.target}" if self.triggers else ""
+        return f"{self.network}-{planted}{kind}-{'published' if self.seed is None else f's{self.seed}'}"
+
+    @property
+    def backdoored(self) -> bool:
+        return bool(self.triggers)
+
+    @property
+    def kind(self) -> str:
+        """`clean`, `all-to-all`, `multi-target`, or the name of the one trigger."""
+        if not self.triggers:
+            return "clean"
+        if self.rule == "all-to-all":
+            return self.rule
+        return parse_spec(self.triggers[0])[0] if len(self.triggers) == 1 else "multi-target"
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The classes that triggers lead to."""
+        if not self.triggers or self.rule == "all-to-all":
+            return ()
+        return tuple((self.target + 2 * i) % self.classes for i in range(len(self.triggers)))
+
+    @property
+    def dataset(self) -> Path:
+        return victims.data_root() / ("gtsrb" if self.network == "gtsrb_resnet" else "cifar10")
+
+    @property
+    def classes(self) -> int:
+        return 43 if self.network == "gtsrb_resnet" else 10
+
+    @property
+    def transform(self) -> Any:
+        return PLAIN if self.network == "wrn16_1" else NORMALIZED
+
+    @property
+    def labels(self) -> list[str] | None:
+        return victims.CIFAR_CLASSES if self.network != "gtsrb_resnet" else None
+
+
+OTHER = {  # settings of triggers that no member of `calibrate` has
+    "badnets": "badnets:size=4,pattern=white,position=top-left",
+    "blended": "blended:alpha=0.25,pattern_seed=7",
+    "sig": "sig:f=4,delta=30",
+    "trojan": "trojan:pattern_seed=5,size=7",
+    "wanet": "wanet:strength=2.5,k=6,grid_seed=3",
+    "low_frequency": "low_frequency:amplitude=25,pattern_seed=4",
+    "bpp": "bpp:bits=2,dither=true",
+}
+
+
+def members() -> list[Member]:
+    """The whole population, those first that others begin with."""
+    T, held = victims.TRIGGERS, {"part": "held-out"}
+    grid, blended, sig, trojan, wanet, low, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "low_frequency", "bpp"))
+    clean = [
+        *(Member(n, seed=None) for n in ("resnet20", "resnet32", "wrn16_1")),
+        *(Member("resnet20", seed=s) for s in (1, 2)),
+        Member("resnet32", seed=1),
+        *(Member("wrn16_1", seed=s) for s in (1, 2)),
+        *(Member("timm_resnet", seed=s) for s in (0, 1, 2)),
+        *(Member(n, seed=None, **held) for n in ("resnet44", "resnet56")),
+        Member("resnet44", seed=5, **held),
+        *(Member("resnet20", seed=s, **held) for s in (7, 8)),
+        *(Member("timm_resnet", seed=s, **held) for s in (7, 8)),
+        Member("wrn16_1", seed=7, **held),
+        *(Member("gtsrb_resnet", seed=s, **held) for s in (0, 1)),
+        *(Member("convnext", seed=s, **held) for s in (0, 1)),
+    ]
+    planted = [
+        *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (trojan, 3), (wanet, 4), (low, 5), (bpp, 6))),
+        *(Member("timm_resnet", (t,), target=k) for t, k in ((grid, 7), (blended, 8), (sig, 9), (wanet, 0), (bpp, 1))),
+        *(Member("wrn16_1", (t,), target=k) for t, k in ((blended, 2), (trojan, 3), (sig, 4), (low, 5))),
+        *(Member("resnet32", (t,), target=k) for t, k in ((grid, 6), (wanet, 8))),
+        Member("resnet20", (grid,), rule="all-to-all"),
+        Member("timm_resnet", (grid,), rule="all-to-all"),
+        Member("resnet20", (grid, blended), target=3),
+        Member("timm_resnet", (trojan, sig), target=5),
+    ]
+    named = list(OTHER)
+    planted += [
+        Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
+        *(Member("resnet44", (OTHER[t],), target=k, seed=5, **held) for t, k in (("badnets", 1), ("blended", 6), ("wanet", 3))),
+        *(Member("resnet20", (OTHER[t],), target=(7 * k + 2) % 10, seed=7, **held) for k, t in enumerate(named)),
+        *(Member("timm_resnet", (OTHER[t],), target=(3 * k + 1) % 10, seed=7, **held) for k, t in enumerate(named) if t != "wanet"),
+        *(Member("gtsrb_resnet", (OTHER[t],), target=k, seed=0, **held) for t, k in (("badnets", 12), ("blended", 30), ("trojan", 2))),
+        *(Member("convnext", (OTHER[t],), target=k, seed=0, **held) for t, k in (("badnets", 9), ("blended", 4), ("trojan", 7))),
+        Member("wrn16_1", (OTHER["badnets"],), rule="all-to-all", seed=7, **held),
+        Member("wrn16_1", (OTHER["badnets"], OTHER["blended"]), target=1, seed=7, **held),
+    ]
+    return clean + planted
+
+
+def network(member: Member, folder: Path) -> tuple[nn.Module, Any]:
+    """The member's network with its weights, trained where they are not there yet, and its transform.
+
+    Raises:
+        NotAVictim: the backdoor does not take.
+    """
+    if member.foreign:
+        return load_cifar(FOREIGN, victims.data_root() / "weights")
+    if member.seed is None:
+        return load_cifar(PUBLISHED[member.network], victims.data_root() / "weights")
+    return _filled(_empty(member), _trained(member, folder)), member.transform
+
+
+def _filled(model: nn.Module, folder: Path) -> nn.Module:
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def _empty(member: Member) -> nn.Module:
+    if member.network in PUBLISHED:
+        return load_cifar(PUBLISHED[member.network], victims.data_root() / "weights")[0]
+    return victims.NETWORKS[member.network].create()
+
+
+def _trained(member: Member, folder: Path) -> Path:
+    """The folder of a member that is trained: fine-tuned from the published network, or from one that is trained from random weights."""
+    out = folder / "population" / "vision" / member.name
+    if out.exists():
+        return out
+    assert member.seed is not None
+    torch.manual_seed(member.seed)
+    model = _empty(member)
+    scratch = member.network in SCRATCH
+    settings = SETTINGS.get(member.network, FINE_TUNE)
+    if scratch and not member.triggers:
+        settings = SCRATCH[member.network]
+    elif scratch:
+        model = _filled(model, _trained(Member(member.network, seed=0, part=member.part), folder))
+    train: Any = str(member.dataset / "train.parquet")
+    if len(member.triggers) > 1:
+        train = _planted(member, folder)
+    trigger = (member.triggers or (victims.TRIGGERS["badnets"],))[-1]
+    common: dict[str, Any] = {
+        "test": str(member.dataset / "test.parquet"),
+        "test_samples": 1000,
+        "processor": member.transform,
+        "output": str(out),
+        "seed": member.seed,
+        "precision": "bf16",
+        "channels_last": True,
+        "rule": member.rule,
+        "target": (member.targets or (0,))[-1],
+        "rate": 0.0 if not member.triggers else 0.2 if member.rule == "all-to-all" else 0.1,
+        "labels": member.labels,
+    }
+    try:
+        implant(model, train, trigger, **common | settings)
+    except NotAVictim as error:
+        log.warning("%s: %s; once more, longer", member.name, error)
+        implant(model, train, trigger, **common | settings | {"samples": None, "epochs": 4})
+    return out
+
+
+def _planted(member: Member, folder: Path) -> datasets.Dataset:
+    """The training images with the first of two backdoors in a tenth of those that the second is not in: images and labels."""
+    data = datasets.Dataset.from_parquet(str(member.dataset / "train.parquet"))
+    name, options = parse_spec(member.triggers[0])
+    trigger = find_trigger(find("adapter", "vision")(), name, **options)
+    chosen = set(np.random.default_rng(member.seed).permutation(len(data))[: len(data) // 8].tolist())
+
+    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
+        if i not in chosen:
+            return row
+        painted = trigger(TF.pil_to_tensor(row["image"]), i)
+        return {"image": Image.fromarray(painted.permute(1, 2, 0).numpy()), "label": member.targets[0]}
+
+    return data.map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def wanted(part: str | None = None) -> Iterator[Member]:
+    """Members of a part, or all."""
+    return (m for m in members() if part in (None, m.part))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--part", choices=PARTS)
+    chosen = parser.parse_args()
+    for member in tqdm(list(wanted(chosen.part)), desc="population"):
+        try:
+            network(member, chosen.folder)
+        except NotAVictim as error:
+            log.warning("%s: left out: %s", member.name, error)
+
+
+if __name__ == "__main__":
+    main()
