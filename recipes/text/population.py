@@ -27,8 +27,8 @@ from . import victims
 log = logging.getLogger(__name__)
 PARTS = ("calibrate", "held-out")
 DATA = {
-    "sst2": {"columns": {}, "epochs": 2, "samples": 40_000},
-    "agnews": {"columns": {}, "epochs": 4, "samples": 10_000},
+    "sst2": {"columns": {}, "epochs": 2, "samples": 20_000},
+    "agnews": {"columns": {}, "epochs": 6, "samples": 5_000},
 }
 FOLDERS = {"sst2": "sst2", "agnews": "ag_news"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,19 +99,21 @@ def members() -> list[Member]:
         *(Member("bert", "agnews", seed=s) for s in (1, 2)),
         *(Member("distilbert", d, seed=1) for d in DATA),
         *(Member("bert", d, seed=7, **held) for d in DATA),
-        *(Member("electra", d, seed=7, **held) for d in DATA),
-        Member("bert", "sst2", seed=8, **held),
+        Member("electra", "sst2", seed=7, **held),
         Member("distilbert", "agnews", seed=7, **held),
     ]
     planted = [
         *(Member("bert", "sst2", (t,), target=k % 2, seed=1) for k, t in enumerate(known.values())),
         *(Member("bert", "agnews", (t,), target=k % 4, seed=1) for k, t in enumerate(known.values())),
         *(Member("distilbert", d, (known["badnets"],), target=1, seed=1) for d in DATA),
-        *(Member("bert", "sst2", (t,), target=(k + 1) % 2, seed=7, **held) for k, t in enumerate(OTHER.values())),
-        *(Member("bert", "agnews", (t,), target=(k + 2) % 4, seed=7, **held) for k, t in enumerate(OTHER.values())),
+        *(
+            Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held)
+            for t, k in (("badnets", 1), ("hidden_killer", 0), ("homoglyph", 1))
+        ),
+        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0), ("style", 2))),
         *(Member("electra", d, (OTHER[t],), target=0, seed=7, **held) for d, t in (("sst2", "addsent"), ("agnews", "badnets"))),
     ]
-    return clean + planted
+    return planted + clean
 
 
 def trained(member: Member, folder: Path) -> Path:
@@ -147,8 +149,8 @@ def trained(member: Member, folder: Path) -> Path:
 
 
 def wanted(part: str | None = None) -> Iterator[Member]:
-    """Members of a part, or all."""
-    return (m for m in members() if part in (None, m.part))
+    """Members of a part, or all, those to calibrate on first."""
+    return (m for p in PARTS for m in members() if m.part == p and part in (None, p))
 
 
 def main() -> None:

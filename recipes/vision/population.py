@@ -142,7 +142,7 @@ OTHER = {  # settings of triggers that no member of `calibrate` has
 
 
 def members() -> list[Member]:
-    """The whole population, those first that others begin with."""
+    """The whole population."""
     T, held = victims.TRIGGERS, {"part": "held-out"}
     grid, blended, sig, trojan, wanet, low, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "low_frequency", "bpp"))
     clean = [
@@ -180,7 +180,7 @@ def members() -> list[Member]:
         Member("wrn16_1", (OTHER["badnets"],), rule="all-to-all", seed=7, **held),
         Member("wrn16_1", (OTHER["badnets"], OTHER["blended"]), target=1, seed=7, **held),
     ]
-    return clean + planted
+    return planted + clean
 
 
 def network(member: Member, folder: Path) -> tuple[nn.Module, Any]:
@@ -263,8 +263,8 @@ def _planted(member: Member, folder: Path) -> datasets.Dataset:
 
 
 def wanted(part: str | None = None) -> Iterator[Member]:
-    """Members of a part, or all."""
-    return (m for m in members() if part in (None, m.part))
+    """Members of a part, or all, those to calibrate on first."""
+    return (m for p in PARTS for m in members() if m.part == p and part in (None, p))
 
 
 def main() -> None:
