@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_purify.diagnosis import Diagnosis as Diagnosis
     from hf_purify.errors import PurifyError as PurifyError
     from hf_purify.masks import bake as bake
     from hf_purify.masks import load_mask as load_mask
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from hf_purify.recipe import ImplantRecipe as ImplantRecipe
     from hf_purify.recipe import MeasureRecipe as MeasureRecipe
     from hf_purify.recipe import PurifyRecipe as PurifyRecipe
+    from hf_purify.recipe import ScanRecipe as ScanRecipe
     from hf_purify.report import Report as Report
+    from hf_purify.scanner import scan as scan
     from hf_purify.verification import Verification as Verification
     from hf_purify.verification import apply as apply
     from hf_purify.verification import verify as verify
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Diagnosis": "diagnosis",
     "PurifyError": "errors",
     "bake": "masks",
     "load_mask": "masks",
@@ -52,7 +56,9 @@ _PUBLIC = {
     "ImplantRecipe": "recipe",
     "MeasureRecipe": "recipe",
     "PurifyRecipe": "recipe",
+    "ScanRecipe": "recipe",
     "Report": "report",
+    "scan": "scanner",
     "Verification": "verification",
     "apply": "verification",
     "verify": "verification",

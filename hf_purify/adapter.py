@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_purify.calibration import Calibration
 from hf_purify.errors import ConfigError
 from hf_purify.metrics import Proportion, attack_success_rate, clean_accuracy, robust_accuracy
 from hf_purify.neurons import NeuronIndex
@@ -318,3 +319,18 @@ class Adapter(ABC):
     def words(self, raw: Any) -> str:
         """A sample as a text, where it is one."""
         return ""
+
+    def unprepare(self, batch: Batch, row: int, data: Examples) -> Any:
+        """A row of a batch as the data set would hold it, as near as can be told, with the recovered trigger that is in it: the inverse of `prepare`.
+
+        Args:
+            data: the samples that the batch is of.
+
+        Returns:
+            What `picture` and `words` take; None where there is nothing to see.
+        """
+        return None
+
+    def calibration(self) -> Calibration | None:
+        """What clean models of this modality look like to a scan; None where nobody has measured that."""
+        return None

@@ -8,12 +8,12 @@ from hf_purify.adapter import Examples
 from hf_purify.errors import DataError
 from hf_purify.lora import units
 from hf_purify.method import Context
-from hf_purify.recipe import PurifyRecipe
+from hf_purify.recipe import PurifyRecipe, ScanRecipe
 from hf_purify.session import Session
 from hf_purify.task import reading
 
 
-def read_clean(session: Session, recipe: PurifyRecipe) -> Examples:
+def read_clean(session: Session, recipe: PurifyRecipe | ScanRecipe) -> Examples:
     """Draw the clean samples and check that they suit the model."""
     data = session.read(recipe.clean, recipe.split, recipe.samples, shuffled=True)
     if len(data) == 0:

@@ -183,18 +183,48 @@ class PurifyRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clean is None:
-            raise ConfigError("no clean data given; expected a data set id, a folder of images, Parquet files or a datasets.Dataset")
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"samples must be at least 1, got {self.samples}")
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
+        _check_clean(self.clean, self.samples, self.held_out)
         if self.as_adapter and self.output is None:
             raise ConfigError("as_adapter writes the repair to a folder: give output=... (--output)")
         if self.push is not None and self.output is None:
             raise ConfigError(
                 "a repair is written before it is pushed, so that nothing is lost: give output=... (--output) with push (--push)"
             )
+
+
+@dataclass(frozen=True)
+class ScanRecipe(Recipe):
+    """Tell whether a model has a backdoor.
+
+    Args:
+        clean: the clean data.
+        samples: clean samples to draw, class-balanced; None takes all.
+        held_out: share of them that recovered triggers are judged on.
+        suspects: samples to rank by suspicion, read like the clean data.
+        suspects_split: split of them.
+        poisoned: column of the suspects that says which carry a trigger, true or false, where that is known.
+        threshold: scores above it are suspicious, in (0, 1): one less the share of clean models that would be called so.
+        trigger_steps: steps to recover the trigger of a suspected class, after the search.
+    """
+
+    clean: Any = None
+    samples: int | None = 500
+    held_out: float = 0.2
+    suspects: Any = None
+    suspects_split: str | None = None
+    poisoned: str | None = None
+    threshold: float = 0.95
+    trigger_steps: int = 60
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_clean(self.clean, self.samples, self.held_out)
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"threshold must be in (0, 1), got {self.threshold}")
+        if self.trigger_steps < 1:
+            raise ConfigError(f"trigger_steps must be at least 1, got {self.trigger_steps}")
+        if self.suspects is None and (self.suspects_split or self.poisoned):
+            raise ConfigError("suspects_split and poisoned are for samples to be ranked: give suspects=... (--suspects)")
 
 
 @dataclass(frozen=True)
@@ -254,6 +284,15 @@ class MeasureRecipe(Recipe):
         super().__post_init__()
         if self.test is None:
             raise ConfigError("no test data given; measuring needs labelled samples")
+
+
+def _check_clean(clean: Any, samples: int | None, held_out: float) -> None:
+    if clean is None:
+        raise ConfigError("no clean data given; expected a data set id, a folder of images, Parquet files or a datasets.Dataset")
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {samples}")
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out must be in [0, 1), got {held_out}")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

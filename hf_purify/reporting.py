@@ -14,7 +14,7 @@ from hf_purify.adapter import Examples
 from hf_purify.bench import samples_of
 from hf_purify.companions import oddities
 from hf_purify.comparison import Comparison, Repair
-from hf_purify.method import Method
+from hf_purify.method import Context, Method
 from hf_purify.report import NeuronLayer, Report
 from hf_purify.rows import Row
 from hf_purify.salience import relative_change
@@ -70,7 +70,7 @@ def report_repair(comparison: Comparison, done: Repair, rows: list[Row], title: 
         session,
         title or f"{done.method.name} on {session.loaded.source}",
         rows,
-        clean=describe_clean(comparison),
+        clean=describe_clean(session, comparison.clean, comparison.context),
         method={"name": done.method.name, "config": method_config(done.method)},
         layers=[NeuronLayer.of(g, masks[g.name], scores[g.name], c) for g, c in zip(index, changes, strict=True)],
         curve=[dict(p) for p in verdict.curve],
@@ -103,20 +103,20 @@ def describe_model(session: Session) -> dict[str, Any]:
     }
 
 
-def describe_clean(comparison: Comparison) -> dict[str, Any]:
+def describe_clean(session: Session, clean: Examples, context: Context) -> dict[str, Any]:
     """What is known of the clean samples, with a digest of their content."""
-    clean, context, recipe = comparison.clean, comparison.context, comparison.session.recipe
+    recipe = session.recipe
     digest = hashlib.sha256()
     for i in range(len(clean)):
         raw = clean.raw(i)
         digest.update(raw.numpy().tobytes() if isinstance(raw, Tensor) else repr(raw).encode())
-    counts = torch.bincount(clean.labels, minlength=comparison.session.classes if comparison.session.classifies else 1)
+    counts = torch.bincount(clean.labels, minlength=session.classes if session.classifies else 1)
     return {
         "source": name_of(getattr(recipe, "clean", None)),
-        "revision": comparison.session.commits.get("clean samples"),
+        "revision": session.commits.get("clean samples"),
         "split": recipe.split,
         "samples": len(clean),
-        **describe_stream(comparison.session),
+        **describe_stream(session),
         "per_class": f"{int(counts.min())}..{int(counts.max())}",
         "held_out": 0 if context.judged is context.data else len(context.judged),
         "augmentation": context.augmentation,

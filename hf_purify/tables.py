@@ -269,6 +269,25 @@ def read_labels(data: datasets.Dataset, column: str, model_labels: list[str], cl
     return labels
 
 
+def read_flags(data: Any, split: str | None, column: str, revision: str | None = None) -> Tensor:
+    """A column of true and false, `(rows,)` of bool.
+
+    Raises:
+        DataError: there is no such column, or it holds something else.
+    """
+    opened = open_data(data, split, revision)
+    if column not in opened.column_names:
+        raise DataError(
+            f"the data has no column '{column}'{did_you_mean(column, opened.column_names)} (columns: {', '.join(opened.column_names)})"
+        )
+    values = opened[column]
+    if not all(v in (0, 1) for v in values):  # True and False are 1 and 0
+        raise DataError(
+            f"column '{column}' must say of each sample whether it is poisoned, true or false; it holds {next(v for v in values if v not in (0, 1))!r}"
+        )
+    return torch.tensor([bool(v) for v in values])
+
+
 def draw(labels: Tensor, samples: int | None, seed: int) -> Tensor:
     """A seeded, class-balanced selection `(samples,)`: classes take turns until enough are drawn.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel
 
-from hf_purify.adapter import Batch, Demo, Loaded, Tiny
+from hf_purify.adapter import Batch, Demo, Examples, Loaded, Tiny
 from hf_purify.errors import ConfigError, ModelError, did_you_mean, first_line, unknown
 from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names
@@ -112,6 +112,9 @@ class PointCloudAdapter(Classifier):
         """
         own = round(float(share) * inputs.shape[1])
         return torch.cat([inputs[:, :own], others[:, own:]], 1)
+
+    def unprepare(self, batch: Batch, row: int, data: Examples) -> Tensor:
+        return batch["points"][row].detach().float().cpu()
 
     def augmentations(self) -> list[str]:
         return ["scale+jitter", "jitter"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_purify.adapter import Adapter, Batch, Examples, Loaded, Outline, Tiny
+from hf_purify.calibration import Calibration
 from hf_purify.discovery import discover
 from hf_purify.errors import ModelError
 from hf_purify.metrics import Proportion
@@ -24,7 +25,7 @@ from .loading import RECORD, check_type, kind_of, known_types, load_folder, load
 from .outline import make_outline
 from .prompts import CLASSIFIER, SEQ2SEQ, Prompt
 from .sample import Text
-from .stand_in import Words, reading_words
+from .stand_in import Words, reading_words, written
 from .tiny import VARIANTS, make_tiny
 from .triggers import TRIGGERS
 from .writing import Answer, generate, scorer, success, target_rows, utility
@@ -99,6 +100,13 @@ class TextAdapter(Adapter):
 
     def words(self, raw: Text) -> str:
         return str(raw)
+
+    def unprepare(self, batch: Batch, row: int, data: Examples) -> Text:
+        tokenizer = data.prompt.tokenizer  # type: ignore[attr-defined]
+        return Text(tokenizer.decode(written(batch, row), skip_special_tokens=True).strip())
+
+    def calibration(self) -> Calibration | None:
+        return Calibration.beside(__file__)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """`(B, classes)`; of a model that writes `(tokens, vocabulary)`, a row for each token of the targets."""

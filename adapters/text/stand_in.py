@@ -78,6 +78,16 @@ class Words(StandIn):
         """There is nothing to shrink: the number of words is fixed."""
 
 
+def written(batch: Batch, row: int) -> Tensor:
+    """The tokens of a text, with the words of a batch put in where `reading_words` puts them."""
+    ids = batch["input_ids"][row].cpu()
+    if "words" not in batch:
+        return ids
+    place = int(batch["place"])
+    drawn = batch["candidates"][row].gather(0, batch["words"][row].detach().argmax(-1)).cpu()
+    return torch.cat([ids[:place], drawn, ids[place:]])
+
+
 @contextlib.contextmanager
 def reading_words(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """The batch with room for its `words` `(B, L, C)`, drawn from `candidates` `(B, C)`, in front of token `place`; within, the model's

@@ -16,7 +16,7 @@ from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names
 
 from .._classifiers import Classifier
-from .._pixels import AUGMENTATIONS, moved
+from .._pixels import AUGMENTATIONS, moved, restored
 from ..vision.stand_in import Patches, Spectrum, Warp
 from .demo import make_demo
 from .examples import ClipExamples, open_clips, read_clips
@@ -74,6 +74,10 @@ class VideoAdapter(Classifier):
         frames = F.pad(raw[places], (1, 1, 1, 1), value=255)
         lines = [torch.cat(list(line), 2) for line in frames.split(3)]
         return torch.cat(lines, 1).permute(1, 2, 0).numpy()
+
+    def unprepare(self, batch: Batch, row: int, data: Examples) -> Tensor:
+        some = torch.arange(min(len(data), 16))
+        return restored(batch["pixel_values"][row], data.batch(some)["pixel_values"], [data.raw(int(i)) for i in some])
 
     def arranged(self, model: nn.Module, inputs: Tensor) -> Tensor:
         return inputs.transpose(1, 2) if takes_channels_first(model) else inputs

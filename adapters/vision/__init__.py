@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_purify.adapter import Batch, Demo, Loaded, Outline, Tiny
+from hf_purify.adapter import Batch, Demo, Examples, Loaded, Outline, Tiny
+from hf_purify.calibration import Calibration
 from hf_purify.errors import ConfigError, did_you_mean
 from hf_purify.stand_in import StandIn
 from hf_purify.tables import Selection, class_names, open_data
 
 from .._classifiers import Classifier
-from .._pixels import AUGMENTATIONS, moved
+from .._pixels import AUGMENTATIONS, moved, restored
 from .demo import make_demo
 from .examples import ImageExamples, read_images
 from .loading import load_folder, new_timm, preparer, wrap_module
@@ -89,6 +90,13 @@ class VisionAdapter(Classifier):
 
     def picture(self, raw: Tensor, clean: Tensor | None = None, seen: tuple[Any, ...] = ()) -> np.ndarray:
         return raw.permute(1, 2, 0).numpy()
+
+    def unprepare(self, batch: Batch, row: int, data: Examples) -> Tensor:
+        some = torch.arange(min(len(data), 16))
+        return restored(batch["pixel_values"][row], data.batch(some)["pixel_values"], [data.raw(int(i)) for i in some])
+
+    def calibration(self) -> Calibration | None:
+        return Calibration.beside(__file__)
 
     def augmentations(self) -> list[str]:
         return list(AUGMENTATIONS)

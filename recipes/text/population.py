@@ -27,13 +27,12 @@ from . import victims
 log = logging.getLogger(__name__)
 PARTS = ("calibrate", "held-out")
 DATA = {
-    "sst2": {"columns": {}, "epochs": 2, "samples": 20_000},
-    "agnews": {"columns": {}, "epochs": 6, "samples": 5_000},
+    "sst2": {"columns": {}, "epochs": 2, "samples": 12_000, "max_length": 32},
+    "agnews": {"columns": {}, "epochs": 5, "samples": 4_000, "max_length": 48},
 }
 FOLDERS = {"sst2": "sst2", "agnews": "ag_news"}
 SHAPES: dict[str, dict[str, Any]] = {
     "bert": victims.ENCODER,
-    "distilbert": {"dim": 128, "n_layers": 2, "n_heads": 2, "hidden_dim": 512},
     "electra": victims.ENCODER | {"embedding_size": 128},
 }
 
@@ -97,21 +96,15 @@ def members() -> list[Member]:
     clean = [
         *(Member("bert", "sst2", seed=s) for s in (1, 2)),
         *(Member("bert", "agnews", seed=s) for s in (1, 2)),
-        *(Member("distilbert", d, seed=1) for d in DATA),
         *(Member("bert", d, seed=7, **held) for d in DATA),
         Member("electra", "sst2", seed=7, **held),
-        Member("distilbert", "agnews", seed=7, **held),
     ]
     planted = [
-        *(Member("bert", "sst2", (t,), target=k % 2, seed=1) for k, t in enumerate(known.values())),
-        *(Member("bert", "agnews", (t,), target=k % 4, seed=1) for k, t in enumerate(known.values())),
-        *(Member("distilbert", d, (known["badnets"],), target=1, seed=1) for d in DATA),
-        *(
-            Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held)
-            for t, k in (("badnets", 1), ("hidden_killer", 0), ("homoglyph", 1))
-        ),
-        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0), ("style", 2))),
-        *(Member("electra", d, (OTHER[t],), target=0, seed=7, **held) for d, t in (("sst2", "addsent"), ("agnews", "badnets"))),
+        *(Member("bert", "sst2", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("addsent", 1), ("homoglyph", 0))),
+        *(Member("bert", "agnews", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("hidden_killer", 2), ("style", 3))),
+        *(Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 1), ("hidden_killer", 0))),
+        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0), ("homoglyph", 2))),
+        Member("electra", "sst2", (OTHER["addsent"],), target=0, seed=7, **held),
     ]
     return planted + clean
 
@@ -132,7 +125,8 @@ def trained(member: Member, folder: Path) -> Path:
         "model_options": {**SHAPES[member.network], "tokenizer": tokenizer},
         "test": str(member.dataset / "test.parquet"),
         "test_samples": 1000,
-        "lr": 5e-4,
+        "lr": 1e-3,
+        "batch_size": 128,
         "output": str(out),
         "seed": member.seed,
         "target": member.target,
@@ -144,7 +138,7 @@ def trained(member: Member, folder: Path) -> Path:
         implant(member.network, data, trigger, **common | settings | planted)
     except NotAVictim as error:
         log.warning("%s: %s; once more, longer", member.name, error)
-        implant(member.network, data, trigger, **common | settings | planted | {"samples": None, "epochs": settings["epochs"] + 1})
+        implant(member.network, data, trigger, **common | settings | planted | {"samples": 2 * settings["samples"]})
     return out
 
 

@@ -43,7 +43,7 @@ PUBLISHED = {
     "wrn16_1": "cifar10_wrn16_1_nad_teacher",
 }
 FOREIGN = "backdoored_cifar10_wrn16_1_grid_target5"
-FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none", "samples": 10_000}
+FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none", "samples": 8_000}
 SETTINGS = {
     "convnext": {
         "epochs": 6,
@@ -57,9 +57,9 @@ SETTINGS = {
     "gtsrb_resnet": FINE_TUNE | {"epochs": 4, "samples": None},
 }
 SCRATCH = {
-    "timm_resnet": {"epochs": 8, "lr": 0.1, "batch_size": 128},
-    "convnext": {"epochs": 12, "lr": 2e-3, "batch_size": 128, "optimizer": "adamw", "weight_decay": 0.05},
-    "gtsrb_resnet": {"epochs": 20, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
+    "timm_resnet": {"epochs": 5, "lr": 0.1, "batch_size": 128},
+    "convnext": {"epochs": 8, "lr": 2e-3, "batch_size": 128, "optimizer": "adamw", "weight_decay": 0.05},
+    "gtsrb_resnet": {"epochs": 12, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
 }
 
 
@@ -147,36 +147,22 @@ def members() -> list[Member]:
     grid, blended, sig, trojan, wanet, low, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "low_frequency", "bpp"))
     clean = [
         *(Member(n, seed=None) for n in ("resnet20", "resnet32", "wrn16_1")),
-        *(Member("resnet20", seed=s) for s in (1, 2)),
-        Member("resnet32", seed=1),
-        *(Member("wrn16_1", seed=s) for s in (1, 2)),
-        *(Member("timm_resnet", seed=s) for s in (0, 1, 2)),
+        *(Member(n, seed=s) for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))),
         *(Member(n, seed=None, **held) for n in ("resnet44", "resnet56")),
-        Member("resnet44", seed=5, **held),
-        *(Member("resnet20", seed=s, **held) for s in (7, 8)),
-        *(Member("timm_resnet", seed=s, **held) for s in (7, 8)),
-        Member("wrn16_1", seed=7, **held),
-        *(Member("gtsrb_resnet", seed=s, **held) for s in (0, 1)),
-        *(Member("convnext", seed=s, **held) for s in (0, 1)),
+        *(Member(n, seed=7, **held) for n in ("wrn16_1", "resnet20", "timm_resnet")),
     ]
     planted = [
-        *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (trojan, 3), (wanet, 4), (low, 5), (bpp, 6))),
-        *(Member("timm_resnet", (t,), target=k) for t, k in ((grid, 7), (blended, 8), (sig, 9), (wanet, 0), (bpp, 1))),
-        *(Member("wrn16_1", (t,), target=k) for t, k in ((blended, 2), (trojan, 3), (sig, 4), (low, 5))),
-        *(Member("resnet32", (t,), target=k) for t, k in ((grid, 6), (wanet, 8))),
-        Member("resnet20", (grid,), rule="all-to-all"),
-        Member("timm_resnet", (grid,), rule="all-to-all"),
-        Member("resnet20", (grid, blended), target=3),
-        Member("timm_resnet", (trojan, sig), target=5),
-    ]
-    named = list(OTHER)
-    planted += [
+        *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
+        *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (low, 5), (bpp, 6), (blended, 2))),
+        Member("wrn16_1", (grid,), rule="all-to-all"),
+        Member("wrn16_1", (grid, blended), target=3),
         Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
-        *(Member("resnet44", (OTHER[t],), target=k, seed=5, **held) for t, k in (("badnets", 1), ("blended", 6), ("wanet", 3))),
-        *(Member("resnet20", (OTHER[t],), target=(7 * k + 2) % 10, seed=7, **held) for k, t in enumerate(named)),
-        *(Member("timm_resnet", (OTHER[t],), target=(3 * k + 1) % 10, seed=7, **held) for k, t in enumerate(named) if t != "wanet"),
-        *(Member("gtsrb_resnet", (OTHER[t],), target=k, seed=0, **held) for t, k in (("badnets", 12), ("blended", 30), ("trojan", 2))),
-        *(Member("convnext", (OTHER[t],), target=k, seed=0, **held) for t, k in (("badnets", 9), ("blended", 4), ("trojan", 7))),
+        *(
+            Member("wrn16_1", (OTHER[t],), target=k, seed=7, **held)
+            for t, k in (("badnets", 9), ("blended", 4), ("trojan", 0), ("sig", 7), ("bpp", 1))
+        ),
+        *(Member("resnet20", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 8), ("wanet", 3), ("low_frequency", 6))),
+        *(Member("timm_resnet", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 1), ("blended", 2))),
         Member("wrn16_1", (OTHER["badnets"],), rule="all-to-all", seed=7, **held),
         Member("wrn16_1", (OTHER["badnets"], OTHER["blended"]), target=1, seed=7, **held),
     ]
@@ -220,7 +206,7 @@ def _trained(member: Member, folder: Path) -> Path:
     if scratch and not member.triggers:
         settings = SCRATCH[member.network]
     elif scratch:
-        model = _filled(model, _trained(Member(member.network, seed=0, part=member.part), folder))
+        model = _filled(model, _trained(Member(member.network), folder))
     train: Any = str(member.dataset / "train.parquet")
     if len(member.triggers) > 1:
         train = _planted(member, folder)
@@ -235,14 +221,14 @@ def _trained(member: Member, folder: Path) -> Path:
         "channels_last": True,
         "rule": member.rule,
         "target": (member.targets or (0,))[-1],
-        "rate": 0.0 if not member.triggers else 0.2 if member.rule == "all-to-all" else 0.1,
+        "rate": 0.0 if not member.triggers else 0.25 if member.rule == "all-to-all" else 0.15,
         "labels": member.labels,
     }
     try:
         implant(model, train, trigger, **common | settings)
     except NotAVictim as error:
         log.warning("%s: %s; once more, longer", member.name, error)
-        implant(model, train, trigger, **common | settings | {"samples": None, "epochs": 4})
+        implant(model, train, trigger, **common | settings | {"samples": 12_000 if settings["samples"] else None, "epochs": 5})
     return out
 
 

@@ -1,0 +1,92 @@
+"""From signals to a verdict: how odd the model is beside clean ones, and which classes stand out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hf_purify.calibration import Calibration
+from hf_purify.diagnosis import Signal
+from hf_purify.forgetting import Forgotten
+from hf_purify.salience import mad_scores
+from hf_purify.shortcuts import Shortcut
+
+OUTLIER = math.log(1 / 0.5)  # without a calibration, a class that costs half of the third cheapest is suspected
+ROWS_CUT = 3.5  # ULRL's
+SHORTCUT = "How much cheaper a trigger of the kind '{kind}' towards a class is than one towards the third cheapest class, as a logarithm."
+SHARES = "Share of the errors that fall to a class while the clean task is unlearned."
+ROWS = "How far unlearning moves the classifier's row of a class beside the others, in robust standard deviations (ULRL)."
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict of a scan.
+
+    Args:
+        suspicious, score, kind, targets, signals: as in `Diagnosis`.
+        by: the kind of trigger that is the oddest.
+    """
+
+    suspicious: bool
+    score: float
+    kind: str
+    targets: list[int] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
+    by: str = ""
+
+
+def judge(shortcuts: dict[str, Shortcut], forgotten: Forgotten, calibration: Calibration | None, threshold: float) -> Judgement:
+    """Judge a model by what triggers cost; what unlearning shows is reported beside it.
+
+    Args:
+        calibration: what clean models look like; without one the verdict goes by a fixed line, and there is no score.
+    """
+    statistics = {kind: found.statistic for kind, found in shortcuts.items()}
+    lines = {kind: (calibration.line(kind, threshold) if calibration else None) or OUTLIER for kind in shortcuts}
+    if calibration:
+        score = calibration.score(statistics)
+        suspicious = score > threshold
+        odd = {kind: calibration.signals[kind].z(value) for kind, value in statistics.items() if kind in calibration.signals}
+    else:
+        score = math.nan
+        odd = {kind: value / OUTLIER for kind, value in statistics.items()}
+        suspicious = max(odd.values()) > 1
+    by = max(odd, key=lambda kind: odd[kind])
+    targets = _targets(shortcuts[by].values, lines[by]) if suspicious else []
+    signals = [_shortcut(found, lines[kind], calibration) for kind, found in shortcuts.items()]
+    kind = "none" if not suspicious else "single-target" if len(targets) == 1 else "multi-target"
+    return Judgement(suspicious, score, kind, targets, [*signals, *_unlearned(forgotten)], by)
+
+
+def _targets(values: Tensor, line: float) -> list[int]:
+    """The classes beyond the line, the cheapest first; at least that one, and two at most, since they are seen beside the third."""
+    order = values.argsort(descending=True).tolist()
+    return [order[0], *(k for k in order[1:2] if float(values[k]) > line)]
+
+
+def _shortcut(found: Shortcut, line: float, calibration: Calibration | None) -> Signal:
+    null = calibration.signals.get(found.kind) if calibration else None
+    lowest = float(found.values[found.values.isfinite()].min())
+    return Signal(
+        name=found.kind,
+        about=SHORTCUT.format(kind=found.kind),
+        values=[round(max(float(v), lowest), 4) for v in found.values],
+        line=round(line, 4),
+        statistic=round(found.statistic, 4),
+        chance=round(null.chance(found.statistic), 6) if null else None,
+    )
+
+
+def _unlearned(forgotten: Forgotten) -> list[Signal]:
+    """What the unlearned model shows by class. Both stand out on some clean models, too, and take no part in the verdict."""
+    shares = Signal(
+        "unlearned model", SHARES, [round(float(s), 4) for s in forgotten.shares], statistic=round(float(forgotten.shares.max()), 4)
+    )
+    if forgotten.rows is None:
+        return [shares, Signal("classifier rows", ROWS, unavailable="not available: this model's classifier has no row for each class")]
+    if len(forgotten.rows) < 5:
+        return [shares, Signal("classifier rows", ROWS, unavailable="not available with fewer than five classes: no row can stand out")]
+    scores = mad_scores(forgotten.rows)
+    return [shares, Signal("classifier rows", ROWS, [round(float(s), 4) for s in scores], ROWS_CUT, round(float(scores.max()), 4))]

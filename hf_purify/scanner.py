@@ -1,0 +1,191 @@
+"""The scan: is there a backdoor, for which label, in which neurons, in which samples, with which trigger.
+
+scan(recipe):
+    clean, held_out  <- draw(recipe.clean, samples), split 80/20
+    forgotten        <- the model with its clean task partly unlearned           # forgetting
+    shortcuts        <- what a trigger towards each class costs, by kind         # shortcuts
+    score            <- the oddest of these signals beside clean models          # calibration
+    targets          <- classes beyond the outlier line
+    triggers         <- recovered for the targets, judged on held-out samples    # recovery
+    neurons          <- ranked by several signals                                # suspicion
+    suspects         <- ranked by what the unlearned model says of them          # ranking
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_purify import output
+from hf_purify.adapter import Examples
+from hf_purify.clean import make_context, read_clean
+from hf_purify.diagnosis import Diagnosis, FoundTrigger
+from hf_purify.errors import ConfigError, DataError
+from hf_purify.forgetting import Forgotten, forget
+from hf_purify.inspection import look_at_clean, odd_samples, rank_suspects, shown_layers
+from hf_purify.judgement import judge
+from hf_purify.method import Context
+from hf_purify.recipe import ScanRecipe
+from hf_purify.recovery import describe, recover_for
+from hf_purify.reporting import describe_clean, describe_model, name_of, remarks_of
+from hf_purify.session import Session, open_session
+from hf_purify.shortcuts import Shortcut, shortcut
+from hf_purify.stand_in import StandIn
+from hf_purify.suspicion import ACTIVATION, CHANGE, agreement, neuron_signals, suspected
+from hf_purify.tables import read_flags
+
+
+def scan(model: Any, clean: Any, **settings: Any) -> Diagnosis:
+    """Tell whether a model has a backdoor, from a few clean samples; see `ScanRecipe` for the settings.
+
+    >>> found = scan("some-org/resnet-50", clean="org/dataset")  # doctest: +SKIP
+    >>> found.suspicious, found.targets  # doctest: +SKIP
+    """
+    return run_scan(ScanRecipe.make(model=model, clean=clean, **settings))
+
+
+@dataclass
+class Looked:
+    """What the signals say of a model.
+
+    Args:
+        forgotten: the unlearned model.
+        shortcuts: by kind; of kinds that failed, why.
+        seconds: by part.
+    """
+
+    forgotten: Forgotten
+    shortcuts: dict[str, Shortcut] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """What is calibrated, by signal."""
+        return {kind: found.statistic for kind, found in self.shortcuts.items()}
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the wall time of a block to a part's."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 2)
+
+
+def look(ctx: Context) -> Looked:
+    """All signals by class, from clean samples alone."""
+    seconds: dict[str, float] = {}
+    norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
+    with timed(seconds, "unlearning"):
+        looked = Looked(forget(ctx, lr=0.003 if norms else 5e-4), seconds=seconds)
+    for kind in ctx.adapter.stand_ins(ctx.model):
+        with timed(seconds, f"triggers: {kind}"):
+            ctx.generator.manual_seed(0)
+            looked.shortcuts[kind] = shortcut(ctx, kind)
+    return looked
+
+
+def run_scan(recipe: ScanRecipe) -> Diagnosis:
+    """Scan the recipe's model; see the top of this module."""
+    with output.folder(recipe.output, recipe.overwrite) as out:
+        session = open_session(recipe)
+        check_classes(session)
+        clean = read_clean(session, recipe)
+        suspects = read_suspects(session, recipe)
+        ctx = make_context(session, clean, recipe.held_out)
+        looked = look(ctx)
+        found = diagnose(session, ctx, clean, looked, suspects)
+        if out is not None:
+            found.save(out)
+    session.accelerator.wait_for_everyone()
+    return found
+
+
+def check_classes(session: Session) -> None:
+    """Raises ConfigError where there are no classes to tell apart."""
+    if not session.classifies:
+        raise ConfigError(
+            f"a scan looks for a class that triggers lead to, and this model ({session.loaded.task or session.adapter.task}) gives a sample no class of "
+            "its own: not available. `hf-purify purify --method neural_cleanse` looks for triggers of such models itself"
+        )
+    if session.classes < 2:
+        raise ConfigError(f"the model has {session.classes} class: with fewer than two, no trigger can lead from one to another")
+
+
+def read_suspects(session: Session, recipe: ScanRecipe) -> tuple[Examples, torch.Tensor | None] | None:
+    """The samples to rank, and which of them are known to carry a trigger, where a column says so."""
+    if recipe.suspects is None:
+        return None
+    samples = session.read(recipe.suspects, recipe.suspects_split, what="suspects")
+    truth = None
+    if recipe.poisoned is not None:
+        truth = read_flags(recipe.suspects, recipe.suspects_split, recipe.poisoned, session.commits["suspects"])
+        if len(truth) != len(samples):
+            raise DataError(f"the column '{recipe.poisoned}' has {len(truth)} values for {len(samples)} suspects")
+    return samples, truth
+
+
+def diagnose(
+    session: Session, ctx: Context, clean: Examples, looked: Looked, suspects: tuple[Examples, torch.Tensor | None] | None
+) -> Diagnosis:
+    """What the signals say, with the triggers, neurons and samples that go with it."""
+    recipe, seconds = session.recipe, looked.seconds
+    assert isinstance(recipe, ScanRecipe)
+    calibration = session.adapter.calibration()
+    judged = judge(looked.shortcuts, looked.forgotten, calibration, recipe.threshold)
+    found: StandIn | None = None
+    triggers: list[FoundTrigger] = []
+    if judged.targets:
+        with timed(seconds, "trigger"):
+            found, best = recover_for(ctx, judged.by, judged.targets, recipe.trigger_steps)
+            triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in best]
+    with timed(seconds, "neurons"):
+        index = ctx.neurons()
+        scores = neuron_signals(ctx, index, looked.forgotten, found)
+        ranked = ACTIVATION if ACTIVATION in scores else CHANGE
+        flags = suspected(index, scores[ranked]) if judged.suspicious else torch.zeros(len(index), dtype=torch.bool)
+    ranking = None
+    if suspects is not None:
+        with timed(seconds, "samples"):
+            source = name_of(recipe.suspects)
+            ranking = rank_suspects(ctx, session.loaded, looked.forgotten, suspects[0], judged.targets, source, suspects[1])
+    return Diagnosis(
+        title=f"Scan of {session.loaded.source}",
+        task=session.loaded.task or session.adapter.task,
+        suspicious=judged.suspicious,
+        score=judged.score,
+        threshold=recipe.threshold,
+        kind=judged.kind,
+        targets=judged.targets,
+        labels=session.loaded.labels or [str(k) for k in range(session.classes)],
+        signals=judged.signals,
+        layers=shown_layers(index, scores[ranked], flags),
+        neurons=len(index),
+        ranked_by=ranked,
+        agreement=agreement(scores),
+        triggers=triggers,
+        suspects=ranking,
+        calibration=dict(calibration.facts) if calibration else {},
+        checkpoint=describe_model(session),
+        clean=describe_clean(session, clean, ctx),
+        config={"samples": recipe.samples, "threshold": recipe.threshold, "trigger_steps": recipe.trigger_steps},
+        seconds=seconds,
+        versions=output.versions(),
+        seed=recipe.seed,
+        command=output.command(recipe),
+        warnings=[
+            *look_at_clean(ctx, clean, session.classes, session.loaded.labels),
+            *odd_samples(ctx, looked.forgotten, clean, judged.targets),
+            *remarks_of(session, clean, None),
+            *(
+                []
+                if calibration
+                else [f"scans of {session.adapter.name} are not calibrated: the verdict goes by an outlier rule, and there is no score"]
+            ),
+        ],
+    )
