@@ -12,11 +12,12 @@ from hf_purify import output
 from hf_purify.adapter import Adapter, Examples
 from hf_purify.errors import ConfigError, DataError
 from hf_purify.metrics import Proportion, defense_effectiveness_rating, mcnemar
-from hf_purify.recipe import Recipe, parse_spec
+from hf_purify.recipe import Recipe
 from hf_purify.registry import find_trigger
 from hf_purify.report import Sample
 from hf_purify.rows import Row
 from hf_purify.session import Session
+from hf_purify.specs import parse_spec
 from hf_purify.task import observe
 from hf_purify.triggers import AllToAll, AllToOne, Poisoned, make_rule, trigger_all
 

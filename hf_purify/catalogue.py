@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_purify import registry
 from hf_purify.errors import unknown
-from hf_purify.recipe import presets
+from hf_purify.specs import presets
 
 
 def kinds() -> dict[str, Callable[[], dict[str, str]]]:

@@ -28,7 +28,7 @@ from hf_purify.errors import ConfigError, NotAVictim, PurifyError, unknown
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
 from hf_purify.publishing import check_target, push_written
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe
 from hf_purify.registry import find_trigger, make_method
 from hf_purify.report import Report
 from hf_purify.reporting import describe_model, describe_stream, make_report, name_of, remarks_of, report_repair
@@ -36,6 +36,7 @@ from hf_purify.resuming import kept
 from hf_purify.rows import Row
 from hf_purify.session import Session, creator, open_progress, open_session, streamed
 from hf_purify.sharding import is_sharded
+from hf_purify.specs import parse_spec
 from hf_purify.streaming import beginning
 from hf_purify.tables import open_stream
 from hf_purify.tracking import send_figures

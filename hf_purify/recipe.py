@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import yaml
 
-from hf_purify.errors import ConfigError, checked_type, did_you_mean, unknown
+from hf_purify.errors import ConfigError, checked_type, did_you_mean
 from hf_purify.redaction import redacted
-
-# `option=value` between commas; a value that is all in quotes or brackets may hold commas itself.
-ITEM = re.compile(r"""[^,=]+=\s*(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\[[^\]]*\]|\{[^}]*\})(?=\s*(?:,|$))|[^,]+""")
-
 
 # Settings that the command line takes one by one, under a name in the singular.
 SINGULAR = {"triggers": "trigger", "options": "option", "model_options": "model_option", "columns": "column", "trackers": "tracker"}
@@ -293,83 +286,6 @@ def _check_clean(clean: Any, samples: int | None, held_out: float) -> None:
         raise ConfigError(f"samples must be at least 1, got {samples}")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out must be in [0, 1), got {held_out}")
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Read `name:option=value,option=value`; values are YAML, in quotes or brackets where they hold a comma.
-
-    >>> parse_spec("badnets:size=4,position=center")
-    ('badnets', {'size': 4, 'position': 'center'})
-    >>> parse_spec('phrase:output="Sorry, no."')
-    ('phrase', {'output': 'Sorry, no.'})
-    """
-    name, _, rest = spec.partition(":")
-    options = {}
-    for item in filter(None, (found[0].strip() for found in ITEM.finditer(rest))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"expected option=value in '{spec}', got '{item}' (a value that holds a comma goes in quotes)")
-        options[key.strip()] = parse_value(value, item)
-    return name.strip(), options
-
-
-def read_settings(items: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
-    """A preset and settings from `PRESET key=value ...`; `options.lr=0.1` is an entry of `options`.
-
-    Raises:
-        ConfigError: there is no such preset, or an item is no setting.
-    """
-    first = next(iter(items), "")
-    named = bool(first) and (Path(first).is_file() or "=" not in first)
-    return _preset(first) if named else None, read_pairs(items[named:])
-
-
-def read_pairs(items: Sequence[str]) -> dict[str, Any]:
-    """Settings from `key=value ...`.
-
-    Raises:
-        ConfigError: an item is no setting.
-    """
-    found: dict[str, Any] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"expected key=value, got '{item}'")
-        name, _, entry = key.strip().partition(".")
-        if entry:
-            found.setdefault(name, {})[entry] = parse_value(value, item)
-        else:
-            found[name] = parse_value(value, item)
-    return found
-
-
-def presets() -> dict[str, Path]:
-    """The presets that come with hf-purify, by their path in the recipes' folder."""
-    root = Path(str(files("hf_purify_recipes")))
-    return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml")) if path.parent.name != "accelerate"}
-
-
-def _preset(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    known = {key.removesuffix(".yaml"): path for key, path in presets().items()}
-    try:
-        return known[name.removesuffix(".yaml")]
-    except KeyError:
-        raise unknown("recipe", name, known) from None
-
-
-def parse_value(text: str, where: str) -> Any:
-    """A value as YAML has it.
-
-    Raises:
-        ConfigError: it is none; quotes `where`.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it is no YAML"
-        raise ConfigError(f"cannot read '{where}': {problem}; put a text with special characters in quotes") from error
 
 
 def _plain(value: Any) -> Any:

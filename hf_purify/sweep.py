@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 
 from hf_purify.errors import ConfigError, PurifyError, unknown
 from hf_purify.files import replace_text, replacing
-from hf_purify.recipe import MeasureRecipe, PurifyRecipe, Recipe, read_pairs
+from hf_purify.recipe import MeasureRecipe, PurifyRecipe, Recipe
 from hf_purify.redaction import redacted
 from hf_purify.registry import make_method
 from hf_purify.rendering import template
+from hf_purify.specs import read_pairs
 
 DONE, FAILED, MISSING = "done", "failed", "missing"
 KINDS: dict[str, type[Recipe]] = {"purify": PurifyRecipe, "measure": MeasureRecipe}

@@ -18,8 +18,9 @@ from hf_purify.cli.scripts import run_guarded
 from hf_purify.errors import ConfigError
 from hf_purify.files import replace_text
 from hf_purify.output import process
-from hf_purify.recipe import PurifyRecipe, read_settings
+from hf_purify.recipe import PurifyRecipe
 from hf_purify.registry import find, make_method, names
+from hf_purify.specs import read_settings
 from hf_purify_recipes import cells
 from hf_purify_recipes.pages import Page
 

@@ -17,8 +17,8 @@ from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, giv
 from hf_purify.cli.shield import Group, say
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
 from hf_purify.errors import unknown
-from hf_purify.recipe import presets, read_pairs, read_settings
 from hf_purify.redaction import one_line
+from hf_purify.specs import presets, read_pairs, read_settings
 
 app = typer.Typer(
     name="hf-purify",

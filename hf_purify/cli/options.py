@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from hf_purify.errors import ConfigError
-from hf_purify.recipe import SINGULAR, parse_value
+from hf_purify.recipe import SINGULAR
+from hf_purify.specs import parse_value
 
 Test = Annotated[str | None, typer.Option("--test", help="Labelled test data for the figures. No method ever sees it.")]
 Trigger = Annotated[

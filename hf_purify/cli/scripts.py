@@ -10,7 +10,7 @@ import typer
 
 from hf_purify.cli.shield import Command
 from hf_purify.cli.terminal import errors, quiet, run_job
-from hf_purify.recipe import read_settings
+from hf_purify.specs import read_settings
 
 
 def run_script(job: str, arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
-from hf_purify.recipe import parse_spec
+from hf_purify.specs import parse_spec
 
 from . import victims
 

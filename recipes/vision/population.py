@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
-from hf_purify.recipe import parse_spec
 from hf_purify.registry import find, find_trigger
+from hf_purify.specs import parse_spec
 
 from . import victims
 from .networks import NORMALIZED, PLAIN, load_cifar

@@ -39,8 +39,8 @@ from hf_purify.callbacks import BackdoorProbeCallback, PurifyCallback, PurifySeq
 from hf_purify.errors import ConfigError, DataError, ModelError, PurifyError
 from hf_purify.masks import MASK_FILE
 from hf_purify.neurons import get_tensor
-from hf_purify.recipe import parse_spec
 from hf_purify.registry import find, find_trigger
+from hf_purify.specs import parse_spec
 from hf_purify_adapters.vision.demo import SIDE, TRIGGER
 
 pytestmark = pytest.mark.slow

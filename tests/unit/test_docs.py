@@ -26,8 +26,9 @@ import hf_purify.methods
 from hf_purify.cli import app
 from hf_purify.cli.options import PLURALS
 from hf_purify.method import Context
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe, parse_spec, presets
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, Recipe
 from hf_purify.registry import find, find_trigger, make_method, names
+from hf_purify.specs import parse_spec, presets
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from hf_purify.errors import ConfigError, PurifyError
-from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe, parse_spec, presets, read_settings
+from hf_purify.recipe import ImplantRecipe, MeasureRecipe, PurifyRecipe
+from hf_purify.specs import parse_spec, presets, read_settings
 
 SETTINGS: dict[str, Any] = {
     "model": "owner/model",
