@@ -86,6 +86,21 @@ class Training:
     level: str = "activation"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a scan found of the model, for a method to begin with.
+
+    Args:
+        targets: the classes that a backdoor seems to lead to.
+        kind: of the triggers that do, one of the adapter's `stand_ins`.
+        neurons: `(N,)` which ones are suspected.
+    """
+
+    targets: tuple[int, ...]
+    kind: str
+    neurons: Tensor
+
+
 @dataclass
 class Context(Task):
     """All that a method may see: a model, its neurons, and clean data. There is no field for poisoned data.
@@ -96,6 +111,7 @@ class Context(Task):
         classes: number of classes; of a model that answers freely, the answers that each row of its logits chooses among.
         removed: `(N,)` neurons that an earlier method of a sequence removed and that must stay so.
         original: a frozen copy of the model from before the first method of a sequence, in eval mode.
+        finding: what a scan found; None where there was none, or nothing was suspicious.
     """
 
     index: NeuronIndex = field(default_factory=lambda: NeuronIndex(()))
@@ -103,6 +119,7 @@ class Context(Task):
     classes: int = 0
     removed: Tensor | None = None
     original: nn.Module | None = None
+    finding: Finding | None = None
 
     @property
     def judged(self) -> Examples:
@@ -165,6 +182,7 @@ class Method(ABC):
     control: ClassVar[bool] = False  # shown beside every repair, never recommended
     trains: ClassVar[bool] = False  # moves weights themselves, so that its mask is not the whole repair
     spreads: ClassVar[bool] = True  # works on models that are spread over processes
+    begins: ClassVar[str] = ""  # what the method takes of a scan's finding, in words; nothing where it is empty
 
     def __init__(self, config: MethodConfig | None = None, **options: Any) -> None:
         names = {f.name for f in dataclasses.fields(self.config_class)}

@@ -279,9 +279,9 @@ def versions() -> dict[str, str]:
 
 def command(recipe: Recipe) -> str:
     """The command line that repeats a job, as far as its inputs have names."""
-    from hf_purify.recipe import SINGULAR, ImplantRecipe, PurifyRecipe
+    from hf_purify.recipe import SINGULAR
 
-    job = "purify" if isinstance(recipe, PurifyRecipe) else "implant" if isinstance(recipe, ImplantRecipe) else "measure"
+    job = type(recipe).__name__.removesuffix("Recipe").lower()
     settings = recipe.to_dict()
     parts = ["hf-purify", job, shlex.quote(str(settings.pop("model", "")))]
     for key, value in settings.items():

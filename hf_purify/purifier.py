@@ -25,6 +25,7 @@ from hf_purify.adapter import Adapter
 from hf_purify.bench import Bench, Figures, figures, make_row, open_bench, rule_of, samples_of
 from hf_purify.comparison import control_rows, open_comparison, oracle_rows
 from hf_purify.errors import ConfigError, NotAVictim, PurifyError, unknown
+from hf_purify.from_scan import read_finding
 from hf_purify.loop import TrainConfig, train
 from hf_purify.merged import Remake
 from hf_purify.publishing import check_target, push_written
@@ -88,8 +89,13 @@ def run_purify(recipe: PurifyRecipe) -> Report:
         job.enter_context(kept(comparison.session.progress))
         if recipe.as_adapter and (base := comparison.session.loaded.base):
             raise ConfigError(f"the model is an adapter for '{base}', and so is its repair: leave as_adapter (--as-adapter) out")
+        if recipe.from_scan is not None:
+            comparison.context.finding = read_finding(recipe.from_scan, comparison.context, method)
         done = comparison.repair(method)
         rows = [comparison.unrepaired, done.row]
+        if recipe.from_scan is not None and recipe.controls:
+            comparison.context.finding = None
+            rows.append(dataclasses.replace(comparison.repair(method).row, name=f"{method.name}, without the scan", kind="other"))
         if recipe.oracle:
             rows += oracle_rows(comparison, done)
         if recipe.controls and comparison.bench.clean is not None:

@@ -152,6 +152,8 @@ class PurifyRecipe(Recipe):
         options: settings of the method.
         samples: clean samples to draw, class-balanced; None takes all.
         held_out: share of them on which choices are made.
+        from_scan: what a scan of this model found, to begin with: its output folder or `scan.json`. Only some methods use it, and the report has
+            the same repair without it beside it.
         controls: also run fine-tuning, statistics refresh and a random mask, and show them beside the repair.
         oracle: also show what choosing the threshold with the true trigger would have given.
         merge: of a LoRA, repair the base with the LoRA merged in; the result is a LoRA again, of the rank that this takes.
@@ -166,6 +168,7 @@ class PurifyRecipe(Recipe):
     options: dict[str, Any] = field(default_factory=dict)
     samples: int | None = 500
     held_out: float = 0.2
+    from_scan: str | None = None
     controls: bool = True
     oracle: bool = False
     merge: bool = False

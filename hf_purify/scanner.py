@@ -27,6 +27,7 @@ from hf_purify.clean import make_context, read_clean
 from hf_purify.diagnosis import Diagnosis, FoundTrigger
 from hf_purify.errors import ConfigError, DataError
 from hf_purify.forgetting import Forgotten, forget
+from hf_purify.from_scan import weights_of
 from hf_purify.inspection import look_at_clean, odd_samples, rank_suspects, shown_layers
 from hf_purify.judgement import judge
 from hf_purify.method import Context
@@ -171,7 +172,7 @@ def diagnose(
         triggers=triggers,
         suspects=ranking,
         calibration=dict(calibration.facts) if calibration else {},
-        checkpoint=describe_model(session),
+        checkpoint=describe_model(session) | {"weights": weights_of(ctx)},
         clean=describe_clean(session, clean, ctx),
         config={"samples": recipe.samples, "threshold": recipe.threshold, "trigger_steps": recipe.trigger_steps},
         seconds=seconds,

@@ -1,6 +1,6 @@
 """The command line: each command is a thin shell over one function. The only place that prints or parses arguments.
 
-Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 4 a training diverged, 5 no victim,
+Exit codes: 0 done, 1 a defect of hf-purify, 2 bad input or settings, 3 a scan found the model suspicious, 4 a training diverged, 5 no victim,
 6 some models of a sweep failed, 130 interrupted, 143 terminated.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_purify.cli import hub
+from hf_purify.cli import hub, scan
 from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, given_settings, with_shared
 from hf_purify.cli.shield import Group, say
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
@@ -29,6 +29,7 @@ app = typer.Typer(
     help="Repair neural networks that carry a backdoor, with a handful of clean samples.",
     epilog="Start with `hf-purify demo`: no download, under three minutes.",
 )
+app.add_typer(scan.app)
 app.add_typer(hub.app)
 
 
@@ -49,6 +50,9 @@ def purify(
     option: Annotated[list[str] | None, typer.Option("--option", help="Setting of the method, as name=value. Repeatable.")] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Clean samples to draw, class-balanced.")] = 500,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of them on which choices are made.")] = 0.2,
+    from_scan: Annotated[
+        str | None, typer.Option("--from-scan", help="Output folder of `hf-purify scan` of this model: begin with what it found.")
+    ] = None,
     test: Test = None,
     trigger: Trigger = None,
     rule: Rule = "all-to-one",

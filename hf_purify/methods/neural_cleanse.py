@@ -112,9 +112,14 @@ class NeuralCleanse(Method):
     config_class = NeuralCleanseConfig
     config: NeuralCleanseConfig
     trains = True
+    begins = "the suspected classes and the kind of their triggers, in the place of its own search"
 
     def purify(self, ctx: Context) -> Verdict:
-        found, notes = self._look(ctx)
+        if ctx.finding is not None and ctx.finding.targets:
+            found: tuple[list[int], str] | None = (list(ctx.finding.targets), ctx.finding.kind)
+            notes: dict[str, Any] = {"suspicious class": " and ".join(map(str, ctx.finding.targets)), "found by": "the scan"}
+        else:
+            found, notes = self._look(ctx)
         if found is not None:
             notes |= self._unlearn(ctx, *found)
         return Verdict(torch.zeros(len(ctx.index)), torch.ones(len(ctx.index)), notes=notes)

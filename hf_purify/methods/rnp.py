@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_purify.errors import ConfigError
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
+from hf_purify.neurons import NeuronIndex
 from hf_purify.routines import forgetting_level, tune_mask, unlearn
 
 
@@ -58,6 +59,7 @@ class RNP(Method):
     name = "rnp"
     config_class = RNPConfig
     config: RNPConfig
+    begins = "the suspected neurons, whose mask begins at one half"
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config
@@ -79,7 +81,7 @@ class RNP(Method):
                 optimizer="sgd" if norms else "adamw",
                 mode="train" if norms else "eval",
             )
-            mask = tune_mask(ctx, index, recover, title="recover").cpu()
+            mask = tune_mask(ctx, index, recover, start=self._start(ctx, index), title="recover").cpu()
         kept = ctx.index.embed(index, mask)
         curve = sweep(ctx, kept)
         chosen = choose(curve, config.max_loss)
@@ -97,6 +99,13 @@ class RNP(Method):
         pruned = (kept <= chosen["threshold"]) & (kept < 1)
         notes |= {"threshold": chosen["threshold"], "removed": int(pruned.sum())}
         return Verdict(1 - kept, (~pruned).float(), notes=notes, curve=tuple(curve))
+
+    def _start(self, ctx: Context, index: NeuronIndex) -> Tensor | None:
+        """A mask that begins low for the neurons that a scan suspects, so that they come back only where the clean task wants them."""
+        if ctx.finding is None:
+            return None
+        parts = ctx.index.split(ctx.finding.neurons)
+        return 1 - 0.5 * torch.cat([parts[g.name] for g in index]).float()
 
 
 def sweep(ctx: Context, kept: Tensor) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_purify.errors import ConfigError, ModelError
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
-from hf_purify.neurons import get_tensor, owned
+from hf_purify.neurons import NeuronIndex, get_tensor, owned
 from hf_purify.routines import relearn, reset_neurons, unlearn
 from hf_purify.salience import mad_outliers, mad_scores, weight_change
 
@@ -65,6 +65,7 @@ class ULRL(Method):
     config: ULRLConfig
     trains = True
     spreads = False
+    begins = "the rows of the suspected classes, or the suspected hidden units, in the place of its outliers"
 
     def purify(self, ctx: Context) -> Verdict:
         config = self.config
@@ -87,7 +88,9 @@ class ULRL(Method):
             after = {n: p.detach() for n, p in ctx.model.named_parameters()}
             gates = {g.gate.param for g in index} if rows else None
             scores = weight_change(index, before, {n: p for n, p in after.items() if gates is None or n in gates})
-        chosen = self._outliers(ctx, index, scores, rows)
+        chosen = self._found(ctx, index, rows)
+        if not len(chosen):
+            chosen = self._outliers(ctx, index, scores, rows)
         flags = torch.zeros(len(index), dtype=torch.bool)
         flags[chosen] = True
         old = [(get_tensor(ctx.model, g.gate.param), g, f) for g, f in zip(index, flags.split(index.sizes), strict=True) if f.any()]
@@ -118,6 +121,15 @@ class ULRL(Method):
             "unit": "rows" if rows else "hidden",
         }
         return Verdict(ctx.index.embed(index, mad_scores(scores), fill=0.0), torch.ones(len(ctx.index)), notes=notes)
+
+    def _found(self, ctx: Context, index: NeuronIndex, rows: bool) -> Tensor:
+        """What a scan suspects, as positions in `index`; none without one."""
+        if ctx.finding is None:
+            return torch.empty(0, dtype=torch.long)
+        if rows:
+            return torch.tensor([k for k in ctx.finding.targets if k < len(index)], dtype=torch.long)
+        parts = ctx.index.split(ctx.finding.neurons)
+        return torch.cat([parts[g.name] for g in index]).nonzero().flatten()
 
     def _outliers(self, ctx: Context, index: object, scores: Tensor, rows: bool) -> Tensor:
         if rows:
