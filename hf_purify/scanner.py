@@ -94,17 +94,22 @@ def look(ctx: Context) -> Looked:
 def run_scan(recipe: ScanRecipe) -> Diagnosis:
     """Scan the recipe's model; see the top of this module."""
     with output.folder(recipe.output, recipe.overwrite) as out:
-        session = open_session(recipe)
-        check_classes(session)
-        clean = read_clean(session, recipe)
+        session, clean, ctx = open_scan(recipe)
         suspects = read_suspects(session, recipe)
-        ctx = make_context(session, clean, recipe.held_out)
         looked = look(ctx)
         found = diagnose(session, ctx, clean, looked, suspects)
         if out is not None:
             found.save(out)
     session.accelerator.wait_for_everyone()
     return found
+
+
+def open_scan(recipe: ScanRecipe) -> tuple[Session, Examples, Context]:
+    """The model, its clean samples, and what a method may see."""
+    session = open_session(recipe)
+    check_classes(session)
+    clean = read_clean(session, recipe)
+    return session, clean, make_context(session, clean, recipe.held_out)
 
 
 def check_classes(session: Session) -> None:

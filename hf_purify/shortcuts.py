@@ -12,7 +12,7 @@ from hf_purify.method import Context
 from hf_purify.routines import costs, glance, invert, recover
 from hf_purify.stand_in import StandIn
 
-STEPS = 60  # of the inversion, for each ten classes
+STEPS = 45  # of the inversion, for each ten classes
 BATCH = 50
 SAMPLES = 32  # of each class, that a cost is read on
 

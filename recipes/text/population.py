@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
+from hf_purify.recipe import ScanRecipe
 from hf_purify.specs import parse_spec
 
 from . import victims
@@ -140,6 +141,12 @@ def trained(member: Member, folder: Path) -> Path:
         log.warning("%s: %s; once more, longer", member.name, error)
         implant(member.network, data, trigger, **common | settings | planted | {"samples": 2 * settings["samples"]})
     return out
+
+
+def recipe_of(member: Member, folder: Path) -> ScanRecipe:
+    """The scan of a member, which is trained where it is not there yet."""
+    clean = member.dataset / ("validation.parquet" if member.data == "sst2" else "train.parquet")
+    return ScanRecipe.make(model=str(trained(member, folder)), clean=str(clean), samples=200)
 
 
 def wanted(part: str | None = None) -> Iterator[Member]:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
+from hf_purify.recipe import ScanRecipe
 from hf_purify.registry import find, find_trigger
 from hf_purify.specs import parse_spec
 
@@ -180,6 +181,13 @@ def network(member: Member, folder: Path) -> tuple[nn.Module, Any]:
     if member.seed is None:
         return load_cifar(PUBLISHED[member.network], victims.data_root() / "weights")
     return _filled(_empty(member), _trained(member, folder)), member.transform
+
+
+def recipe_of(member: Member, folder: Path) -> ScanRecipe:
+    """The scan of a member, which is trained where it is not there yet."""
+    model, transform = network(member, folder)
+    clean = str(member.dataset / "train.parquet")
+    return ScanRecipe.make(model=model, processor=transform, labels=member.labels, clean=clean, samples=500, channels_last=True)
 
 
 def _filled(model: nn.Module, folder: Path) -> nn.Module:
