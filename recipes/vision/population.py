@@ -137,7 +137,7 @@ OTHER = {  # settings of triggers that no member of `calibrate` has
     "sig": "sig:f=4,delta=30",
     "trojan": "trojan:pattern_seed=5,size=7",
     "wanet": "wanet:strength=2.5,k=6,grid_seed=3",
-    "low_frequency": "low_frequency:amplitude=25,pattern_seed=4",
+    "low_frequency": "low_frequency:amplitude=30,pattern_seed=4",
     "bpp": "bpp:bits=2,dither=true",
 }
 
@@ -145,7 +145,7 @@ OTHER = {  # settings of triggers that no member of `calibrate` has
 def members() -> list[Member]:
     """The whole population."""
     T, held = victims.TRIGGERS, {"part": "held-out"}
-    grid, blended, sig, trojan, wanet, low, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "low_frequency", "bpp"))
+    grid, blended, sig, trojan, wanet, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "bpp"))
     clean = [
         *(Member(n, seed=None) for n in ("resnet20", "resnet32", "wrn16_1")),
         *(Member(n, seed=s) for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))),
@@ -154,7 +154,7 @@ def members() -> list[Member]:
     ]
     planted = [
         *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
-        *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (low, 5), (bpp, 6), (blended, 2))),
+        *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (bpp, 6), (blended, 2))),
         Member("wrn16_1", (grid,), rule="all-to-all"),
         Member("wrn16_1", (grid, blended), target=3),
         Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
