@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_purify.method import Context
-from hf_purify.routines import costs, glance, invert, recover
+from hf_purify.routines import costs, invert, recover
 from hf_purify.stand_in import StandIn
+from hf_purify.task import mode
 
 STEPS = 45  # of the inversion, for each ten classes
 BATCH = 50
@@ -51,8 +52,9 @@ class Shortcut:
 def shortcut(ctx: Context, kind: str) -> Shortcut:
     """What triggers of a kind cost, recovered for all classes in the same steps, each sample going to one class."""
     classes = ctx.classes
-    known = glance(ctx, kind)
     made = ctx.adapter.stand_ins(ctx.model)[kind]
+    with mode(ctx.model, "eval"), torch.no_grad():
+        known = made.probe(ctx.data, ctx.logits)
     aims = made.aims(classes)
     spread = torch.full((classes,), math.inf)
     if known is not None:

@@ -53,6 +53,11 @@ class StandIn(nn.Module, ABC):
         """What the cheapest trigger of each class costs, `(K,)`, where a look tells; None where triggers must be recovered to know."""
         return None
 
+    @classmethod
+    def probe(cls, data: Examples, logits: Callable[[Batch], Tensor]) -> Tensor | None:
+        """For a scan: what the cheapest of some triggers that are tried costs by class, `(K,)`; None where triggers must be recovered to know."""
+        return cls.look(data, logits)
+
     def describe(self) -> str:
         """The triggers in words, where words can say it."""
         return ""

@@ -88,6 +88,28 @@ class Waves(Spectrum):
     """
 
     late = True
+    highest = 12  # periods along a side of the waves that are tried
+    faint = 0.08  # their amplitude, as a share of the range of the inputs
+    tried = 12  # samples
+
+    @classmethod
+    def probe(cls, data: Examples, logits: Look) -> Tensor:
+        """Every plane wave up to 12 periods is put on a few samples of different classes: no gradient leads to a single faint one."""
+        rows = torch.cat([(data.labels == c).nonzero().flatten()[:1] for c in data.labels.unique()])[: cls.tried]
+        batch = data.batch(rows)
+        images, labels = batch[cls.key], batch["labels"]
+        items = images.flatten(0, -4)
+        channels = (0, 2, 3)
+        low, high = items.amin(channels, keepdim=True), items.amax(channels, keepdim=True)
+        down, right = torch.meshgrid(*(torch.arange(side) / side for side in images.shape[-2:]), indexing="ij")
+        waves = [(u, v) for u in range(cls.highest + 1) for v in range(-cls.highest, cls.highest + 1) if u > 0 or v > 0]
+        found = []
+        for u, v in waves:
+            pattern = torch.sin(2 * torch.pi * (u * down + v * right))
+            changed = (items + cls.faint * (high - low) * pattern).maximum(low).minimum(high)
+            found.append(logits({**batch, cls.key: changed.view_as(images)}).float().log_softmax(-1).cpu())
+        log_p = torch.stack(found)  # (waves, samples, K)
+        return torch.stack([-log_p[:, labels != k, k].mean(1).max() for k in range(log_p.shape[2])])
 
     def size(self) -> Tensor:
         waves = torch.stack([self.cosines, self.sines]).tanh().square().sum(0).mean(1, keepdim=True)
