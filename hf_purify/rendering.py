@@ -143,9 +143,9 @@ def template(name: str) -> Template:
     def shown(value: Any) -> Any:
         return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    source = importlib.resources.files("hf_purify_hub_cards").joinpath(name).read_text("utf-8")
+    loader = jinja2.FunctionLoader(lambda part: importlib.resources.files("hf_purify_hub_cards").joinpath(part).read_text("utf-8"))
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(autoescape=True, finalize=shown, **options).from_string(source)
+    return jinja2.Environment(autoescape=True, finalize=shown, loader=loader, **options).get_template(name)
 
 
 def markdown_text(text: str) -> str:
