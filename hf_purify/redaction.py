@@ -65,6 +65,9 @@ def short(text: str, most: int, tail: int = 0) -> str:
     >>> short("layer1.0.conv1", 9, tail=3)
     'layer…nv1'
     """
+    around = 4096  # what is far from both ends need not be searched for secrets
+    if len(text) > most + 2 * around:
+        text = text[: most + around] + text[len(text) - tail - around :]
     line = one_line(text)
     return line if len(line) <= most else f"{line[: most - tail - 1].rstrip()}…{line[len(line) - tail :]}"
 
