@@ -71,7 +71,7 @@ def marked(clean: str, triggered: str) -> list[Piece]:
     """A text in pieces, with what the clean one does not have marked; of a long text, what surrounds the first change.
 
     >>> marked("this film", "this cf film")
-    [Piece(text='this ', new=False), Piece(text='cf ', new=True), Piece(text='film', new=False)]
+    [Piece(text='this ', new=False), Piece(text='cf', new=True), Piece(text=' film', new=False)]
     """
     old, new = (PIECE.findall(text[:100_000]) for text in (clean, triggered))
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
@@ -79,9 +79,11 @@ def marked(clean: str, triggered: str) -> list[Piece]:
     old, new = old[start : start + PIECES], new[start : start + 2 * PIECES]
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     kept = {b + i for _, b, size in matcher.get_matching_blocks() for i in range(size)}
-    cut = [(word if len(word) <= 80 else short(word, 80), i not in kept) for i, word in enumerate(new[:PIECES])]
+    fresh = [i not in kept for i in range(len(new))] + [False]
+    changed = [fresh[i] and (fresh[i + 1] or not word.isspace()) for i, word in enumerate(new)]  # no mark ends in a space
+    cut = list(zip((short(word, 80) if len(word) > 80 else word for word in new[:PIECES]), changed, strict=False))
     cut = [word for word, end in zip(cut, accumulate(len(word) for word, _ in cut), strict=True) if end <= TEXT]
-    pieces = [Piece("".join(word for word, _ in group), changed) for changed, group in groupby(cut, key=lambda pair: pair[1])]
+    pieces = [Piece("".join(word for word, _ in group), new_one) for new_one, group in groupby(cut, key=lambda pair: pair[1])]
     return [*([Piece("… ", False)] if start else []), *pieces, *([Piece(" …", False)] if len(new) > len(cut) else [])]
 
 

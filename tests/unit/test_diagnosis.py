@@ -271,8 +271,8 @@ class TestDrawings:
         ("clean", "triggered", "pieces"),
         [
             ("a b c", "a b c", ["a b c"]),
-            ("a b c", "a b cf c", ["a b ", "*cf ", "c"]),
-            ("a b c d", "x a b c y d", ["*x ", "a b c ", "*y ", "d"]),
+            ("a b c", "a b cf c", ["a b ", "*cf", " c"]),
+            ("a b c d", "x a b c y d", ["*x", " a b c ", "*y", " d"]),
             ("", "cf", ["*cf"]),
             ("cf", "", []),
             ("这部电影很好", "这部电cf影很好", ["这部电", "*cf", "影很好"]),
@@ -305,7 +305,7 @@ class TestPage:
             assert part in text, part
 
     def test_a_trigger_of_words_is_marked_in_its_samples(self) -> None:
-        assert "<q>sample 0 says <mark>cf </mark>this</q>" in make_diagnosis(text=True).to_html()
+        assert "<q>sample 0 says <mark>cf</mark> this</q>" in make_diagnosis(text=True).to_html()
 
     @pytest.mark.parametrize(
         ("kind", "part"),
