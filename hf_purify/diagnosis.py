@@ -254,9 +254,9 @@ class Diagnosis:
 
     def to_html(self) -> str:
         """A page that needs nothing else: no network, no script; light, dark and on paper."""
-        from hf_purify import findings
+        from hf_purify import scan_page
 
-        return findings.page(self)
+        return scan_page.page(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write `scan.json` and `report.html`; each replaces its predecessor whole or not at all.

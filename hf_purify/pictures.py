@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hf_purify.redaction import lines
+from hf_purify.redaction import lines, short
 
 if TYPE_CHECKING:
     from hf_purify.report import NeuronLayer, Sample
@@ -210,12 +210,6 @@ def change_figure(layers: Sequence[NeuronLayer], dark: bool = False) -> bytes:
     ax.grid(axis="x", color=theme.line, linewidth=0.7)
     _layer_axis(ax, layers, theme)
     return _png(figure)
-
-
-def short(text: Any, most: int, tail: int = 0) -> str:
-    """One printable line of at most `most` characters, of which the last `tail` are kept."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))
-    return line if len(line) <= most else f"{line[: most - tail - 1].rstrip()}…{line[len(line) - tail :]}"
 
 
 def _figure(width: float, height: float, theme: Theme, layout: Literal["constrained"] | None = "constrained") -> Figure:

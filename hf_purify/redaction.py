@@ -59,6 +59,19 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
+def short(text: str, most: int, tail: int = 0) -> str:
+    """A text as `one_line` has it, of at most `most` characters, of which the last `tail` are kept.
+
+    >>> short("layer1.0.conv1", 9, tail=3)
+    'layer…nv1'
+    """
+    around = 4096  # what is far from both ends need not be searched for secrets
+    if len(text) > most + 2 * around:
+        text = text[: most + around] + text[len(text) - tail - around :]
+    line = one_line(text)
+    return line if len(line) <= most else f"{line[: most - tail - 1].rstrip()}…{line[len(line) - tail :]}"
+
+
 def lines(text: str, indent: str = "") -> str:
     """A text of several lines, each as `one_line` has it.
 

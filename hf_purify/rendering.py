@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("Model", "Trigger")
 DASH = "\u2013"
+NO_BREAK = "\u00a0"
 
 
 class Cell(NamedTuple):
@@ -141,11 +142,13 @@ def template(name: str) -> Template:
     from markupsafe import Markup
 
     def shown(value: Any) -> Any:
-        return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        if not isinstance(value, str) or isinstance(value, Markup):
+            return value
+        return NO_BREAK.join(map(one_line, value.split(NO_BREAK)))  # templates put these; for one_line they are no printable characters
 
-    source = importlib.resources.files("hf_purify_hub_cards").joinpath(name).read_text("utf-8")
+    loader = jinja2.FunctionLoader(lambda part: importlib.resources.files("hf_purify_hub_cards").joinpath(part).read_text("utf-8"))
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(autoescape=True, finalize=shown, **options).from_string(source)
+    return jinja2.Environment(autoescape=True, finalize=shown, loader=loader, **options).get_template(name)
 
 
 def markdown_text(text: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from hf_purify.cli.options import given_settings, with_shared
 from hf_purify.cli.terminal import errors, quiet
-from hf_purify.redaction import one_line
+from hf_purify.redaction import lines, one_line
 
 if TYPE_CHECKING:
     from hf_purify.diagnosis import Diagnosis
@@ -71,7 +71,11 @@ def show_diagnosis(found: Diagnosis, output: str | None, as_json: bool, as_sarif
     from rich.console import Console
     from rich.text import Text
 
+    from hf_purify.findings import terminal
+
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(found.table())
+    console.print(terminal(found))
+    for warning in found.warnings:
+        console.print(Text.assemble(("warning:", "yellow"), " ", lines(warning, indent="  ")), highlight=False)
     if output:
         console.print(Text.assemble("written to ", (one_line(output), "bold"), " (start with report.html)"), highlight=False)
