@@ -86,7 +86,8 @@ class TestVerdict:
         for found, reason in ((few, "fewer than five"), (none, "no row")):
             rows = next(s for s in found.signals if s.name == "classifier rows")
             assert not rows.values
-            assert rows.unavailable.startswith("not available") and reason in rows.unavailable
+            assert rows.unavailable.startswith("not available")
+            assert reason in rows.unavailable
 
     def test_rows_that_move_alike_flag_nothing(self) -> None:
         found = judge({"patch": shortcut(*range(1, 11))}, forgotten(10, torch.ones(10)), CALIBRATION, 0.95)
