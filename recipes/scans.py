@@ -1,0 +1,204 @@
+"""The page of what scans said of a population: rates with intervals, every model, every signal by itself, neurons and samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from hf_purify.calibration import Null
+from hf_purify.metrics import Proportion
+
+Cell = Mapping[str, Any]
+ODD = ("all-to-all", "multi-target")
+HEAD = """# {title}: what a scan says of models with and without a backdoor
+
+Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scans.json`; every figure comes from a run (seed 0, {samples} clean samples).
+
+- A model is called suspicious where its score is above 0.95. The score comes from the clean models of the part `calibrate` alone: no backdoored model has a part in it.
+- The models of the part `calibrate` were looked at while the scan was made; those of `held-out` were scanned when nothing was to be changed any more: other seeds, targets and
+  settings of the triggers ({other}). What each is, and how it is trained again: `recipes/{modality}/population.py`.
+- Intervals are 95 %, Wilson's of shares, Hanley and McNeil's of an AUROC.
+
+"""
+
+
+def page(modality: str, cells: list[dict[str, Any]]) -> str:
+    """The page as Markdown."""
+    known = {
+        "vision": ("Image classification", "500", "and architectures: ResNet-44, ResNet-56, a timm ResNet"),
+        "text": ("Text classification", "200", "and an architecture: ELECTRA"),
+    }
+    title, samples, other = known[modality]
+    parts = [HEAD.format(title=title, modality=modality, samples=samples, other=other), rates(cells), by_trigger(cells), signals(cells)]
+    return "".join([*parts, neurons(cells), samples_table(cells), details(cells)])
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    names = list(heads)
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *[[str(c) for c in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+def judged(cells: Iterable[Cell], part: str | None = None) -> list[Cell]:
+    return [c for c in cells if c["verdict"] and part in (None, c["part"])]
+
+
+def share(cells: Iterable[Cell], test: Callable[[Cell], bool]) -> str:
+    found = [test(c) for c in cells]
+    return str(Proportion(sum(found), len(found))) if found else "-"
+
+
+def right_label(cell: Cell) -> bool:
+    return sorted(cell["verdict"]["targets"]) == sorted(cell["targets"])
+
+
+def rates(cells: list[dict[str, Any]]) -> str:
+    rows = []
+    for part in ("calibrate", "held-out"):
+        found = judged(cells, part)
+        clean = [c for c in found if not c["backdoored"]]
+        single = [c for c in found if len(c["targets"]) == 1]
+        told = [c for c in single if c["verdict"]["suspicious"]]
+        rows.append(
+            [
+                part,
+                share(clean, lambda c: c["verdict"]["suspicious"]),
+                share(single, lambda c: c["verdict"]["suspicious"]),
+                share(told, right_label),
+                share([c for c in found if c["kind"] in ODD], lambda c: c["verdict"]["kind"] != "single-target"),
+            ]
+        )
+    heads = [
+        "part",
+        "clean models called suspicious",
+        "single-target backdoors found",
+        "right label, of those",
+        "others not called single-target",
+    ]
+    return "## Rates\n\n" + table(heads, rows) + left_out(cells)
+
+
+def left_out(cells: list[dict[str, Any]]) -> str:
+    """What each clean model of the calibration would be called if it had not been part of it."""
+    clean = [c for c in cells if not c["backdoored"] and c["part"] == "calibrate"]
+    if len(clean) < 4:
+        return ""
+    from hf_purify.calibration import Calibration
+
+    called = 0
+    for i, cell in enumerate(clean):
+        made = Calibration.fit([c["statistics"] for j, c in enumerate(clean) if j != i])
+        called += made.score(cell["statistics"]) > 0.95
+    return f"Each clean model of `calibrate` scored by a calibration without it: {Proportion(called, len(clean))} called suspicious.\n\n"
+
+
+def by_trigger(cells: list[dict[str, Any]]) -> str:
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for c in judged(cells):
+        if c["backdoored"]:
+            groups[c["kind"]].append(c)
+    rows = []
+    for kind, found in sorted(groups.items()):
+        told = [c for c in found if c["verdict"]["suspicious"]]
+        asrs = [t["asr"]["value"] for c in told if right_label(c) for t in c["verdict"].get("triggers", [])]
+        rows.append(
+            [
+                kind,
+                f"{len(told)} of {len(found)}",
+                f"{sum(right_label(c) for c in told)} of {len(told)}",
+                ", ".join(sorted({c["verdict"]["by"] for c in told})) or "-",
+                f"{100 * statistics.fmean(asrs):.0f}, worst {100 * min(asrs):.0f}" if asrs else "-",
+            ]
+        )
+    heads = ["backdoor", "found", "right label", "by", "ASR of the recovered trigger, mean, %"]
+    return "## By trigger, both parts\n\nThe recovered trigger's ASR is measured on held-out clean samples of other classes.\n\n" + table(
+        heads, rows
+    )
+
+
+def signals(cells: list[dict[str, Any]]) -> str:
+    """How often each signal by itself finds a single-target backdoor, at a line that one clean model in twenty passes."""
+    clean = [c for c in cells if not c["backdoored"] and c["part"] == "calibrate"]
+    single = [c for c in cells if len(c["targets"]) == 1]
+    rows = []
+    values: dict[str, Callable[[Cell], float]] = {
+        **{kind: (lambda c, k=kind: c["statistics"][k]) for kind in clean[0]["statistics"]},
+        "unlearned model": lambda c: max(c["shares"]),
+    }
+    if all(c["rows"] for c in cells if c["classes"] > 4) and clean[0]["classes"] > 4:
+        values["classifier rows"] = lambda c: outlier(c["rows"])
+    for name, value in values.items():
+        null = Null.of([value(c) for c in clean])
+        line = null.value_at(0.05)
+        rows.append([name, f"{null.mean:.2f} ± {null.std:.2f}", f"{line:.2f}", share(single, lambda c, v=value, at=line: v(c) > at)])
+    text = "`unlearned model` and `classifier rows` are shown by a scan and take no part in its verdict.\n\n"
+    return "## Each signal by itself\n\n" + text + table(["signal", "on clean models", "line", "single-target backdoors beyond it"], rows)
+
+
+def outlier(rows: list[float]) -> float:
+    import torch
+
+    from hf_purify.salience import mad_scores
+
+    return float(mad_scores(torch.tensor(rows)).max())
+
+
+def neurons(cells: list[dict[str, Any]]) -> str:
+    found: dict[str, list[Mapping[str, int]]] = defaultdict(list)
+    for c in judged(cells):
+        for signal, counts in (c["verdict"].get("neurons") or {}).items():
+            found[signal].append(counts)
+    if not found:
+        return ""
+    rows = []
+    for signal, counts in found.items():
+        flagged, right, true, at = (sum(c[k] for c in counts) for k in ("flagged", "right", "true", "at as many"))
+        rows.append([signal, len(counts), Proportion(right, flagged) if flagged else "-", Proportion(right, true), Proportion(at, true)])
+    text = (
+        "Truth: neurons whose activation the real trigger moves by more than three standard deviations beyond the mean of their layer, a tenth of a layer at most. Flagged: those "
+        "whose score is as far out. At as many: of the highest scores, as many as there are true ones. `trigger activation` uses the recovered trigger, where one was found.\n\n"
+    )
+    heads = ["signal", "models", "precision of the flagged", "recall of the flagged", "precision at as many"]
+    return "## Neurons\n\n" + text + table(heads, sorted(rows, key=lambda r: -float(str(r[4]).split(" ")[0])))
+
+
+def samples_table(cells: list[dict[str, Any]]) -> str:
+    rows = []
+    for c in sorted(judged(cells), key=lambda c: (c["kind"], c["name"])):
+        area = c["verdict"].get("auroc")
+        if area is not None:
+            low, high = c["verdict"]["interval"]
+            n, m = c["verdict"]["suspects"]
+            rows.append([c["name"], c["kind"], c["part"], f"{area:.3f} [{low:.3f}, {high:.3f}]", f"{n} / {m}"])
+    if not rows:
+        return ""
+    return "## Samples\n\nTest samples with the real trigger beside others.\n\n" + table(
+        ["model", "trigger", "part", "AUROC", "with / without"], rows
+    )
+
+
+def details(cells: list[dict[str, Any]]) -> str:
+    rows = []
+    for c in sorted(cells, key=lambda c: (c["part"], c["backdoored"], c["name"])):
+        v = c["verdict"] or {}
+        triggers = "; ".join(
+            f"{t['target']}: {100 * t['asr']['value']:.0f} % (n={t['asr']['n']}) {t['words']}" for t in v.get("triggers", [])
+        )
+        largest = ", ".join(f"{k} {x:.2f}" for k, x in c["statistics"].items())
+        rows.append(
+            [
+                c["name"],
+                c["part"],
+                ", ".join(map(str, c["targets"])) or ("each its next" if c["kind"] == "all-to-all" else "-"),
+                f"{v['score']:.3f}" if v else "not judged",
+                (v.get("kind", "-") + (f": {', '.join(map(str, v['targets']))}" if v.get("targets") else "")) if v else "-",
+                v.get("by", "-") if v.get("suspicious") else "-",
+                triggers or "-",
+                largest,
+                f"{sum(c['seconds'].values()):.0f}",
+            ]
+        )
+    heads = ["model", "part", "true target", "score", "verdict", "by", "recovered trigger's ASR", "statistics", "seconds"]
+    return "## Every model\n\nSeconds of all signals, on a machine that ran other things, too.\n\n" + table(heads, rows).rstrip() + "\n"
