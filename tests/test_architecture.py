@@ -57,6 +57,7 @@ LAYERS = [
     {"reporting"},
     {"purifier"},
     {"callbacks", "demo", "sweep", "verification"},
+    {"ui"},
     {"cli"},
     {"__init__", "__main__"},
 ]

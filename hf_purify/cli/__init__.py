@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_purify.cli import hub
+from hf_purify.cli import hub, ui
 from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, given_settings, with_shared
 from hf_purify.cli.shield import Group, say
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
@@ -30,6 +30,7 @@ app = typer.Typer(
     epilog="Start with `hf-purify demo`: no download, under three minutes.",
 )
 app.add_typer(hub.app)
+app.add_typer(ui.app)
 
 
 def _run(job: str, /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:
