@@ -43,8 +43,8 @@ def serve(folder: str | Path = "hf-purify-ui", port: int | None = None, *, brows
     except OSError as error:
         raise OutputError(f"cannot write to '{folder}': {error.strerror or error}; name another folder (--folder)") from error
     # gradio reads these at its import. Its own folder for files is one that all its apps on a machine share, and serve.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": downloads.name}
-    with downloads:
+    settings = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": downloads.name}
+    with downloads, _environment(settings):
         try:
             import gradio  # noqa: F401
         except ImportError as error:
@@ -58,3 +58,18 @@ def serve(folder: str | Path = "hf-purify-ui", port: int | None = None, *, brows
                 yield launch(blocks, "0.0.0.0" if space else "127.0.0.1", port, browser)
             finally:
                 blocks.close(verbose=False)
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment while the block runs."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

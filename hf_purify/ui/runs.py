@@ -81,6 +81,8 @@ class Run:
             if self._asked is None:
                 self._asked = time.monotonic()
                 self._signal(signal.SIGTERM)
+            if self.began is None:
+                self._over.set()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for the end; returns whether it has come."""

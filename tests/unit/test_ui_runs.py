@@ -230,6 +230,7 @@ class TestRuns:
         assert (second.state, made.ahead(second), made.ahead(third)) == (runs.WAITING, 1, 2)
         assert [r.output.name for r in (first, second, third)] == ["scan", "scan-2", "scan-3"]
         second.stop()
+        assert (second.state, made.ahead(third)) == (runs.STOPPED, 1), "at once, not when its turn comes"
         first.stop()
         assert third.wait(30)
         assert (first.state, second.state, third.state) == (runs.STOPPED, runs.STOPPED, runs.DONE)
