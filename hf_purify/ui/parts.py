@@ -107,7 +107,7 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
     top = Markup("").join(Markup('<th scope="col">{}</th>').format(text(h)) for h in heads)
     lines = Markup("").join(
         Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            text(first), Markup("").join(Markup("<td>{}</td>").format(text(cell)) for cell in rest)
+            text(first), Markup("").join(Markup("<td>{}</td>").format(text(cell).replace(" %", "\u00a0%")) for cell in rest)
         )
         for first, *rest in rows
     )

@@ -168,7 +168,7 @@ def test_repair_from_the_fields_to_the_zip(page: Any, server: Server, victim: Pa
     assert rows.count() == len(report["rows"]) + 1
     before = next(row for row in report["rows"] if row["kind"] == "unrepaired")
     shown = rows.filter(has_text="none (unrepaired)").inner_text()
-    assert f"{100 * before['asr']['badnets']['value']:.1f} %" in shown
+    assert f"{100 * before['asr']['badnets']['value']:.1f}\u00a0%" in shown
     inside = page.frame_locator("iframe[title='Report of the repair']")
     assert inside.get_by_role("heading", name="Before and after").is_visible()
     assert page.locator("iframe").get_attribute("sandbox") == ""
