@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_purify import output
 from hf_purify.comparison import open_comparison
+from hf_purify.files import free_name
 from hf_purify.purifier import run_implant
 from hf_purify.recipe import ImplantRecipe, PurifyRecipe
 from hf_purify.registry import find, make_method, names
@@ -32,15 +33,6 @@ def run_demo(folder: str = "hf-purify-demo", seed: int = 0, modality: str = "vis
     run_implant(ImplantRecipe.make(data=shown.train, output=str(out / "victim"), **common, **shown.settings))
     recipe = PurifyRecipe.make(model=str(out / "victim"), clean=shown.train, samples=shown.samples, output=str(out / "purified"), **common)
     return compare(recipe, shown.method, shown.options), out / "purified"
-
-
-def free_name(folder: Path) -> Path:
-    """`folder`, or `folder-2`, `folder-3`, ... where it exists."""
-    found, k = folder, 1
-    while found.exists():
-        k += 1
-        found = folder.with_name(f"{folder.name}-{k}")
-    return found
 
 
 def compare(recipe: PurifyRecipe, method: str | None = None, options: Mapping[str, Any] | None = None) -> Report:

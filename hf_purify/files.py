@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and names that are free."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,3 +23,12 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text; what was there before stays until it is complete."""
     with replacing(path) as work:
         work.write_text(text, encoding="utf-8", errors="replace")
+
+
+def free_name(folder: Path, taken: Collection[Path] = ()) -> Path:
+    """`folder`, or `folder-2`, `folder-3`, ... where it exists or is `taken`."""
+    found, k = folder, 1
+    while found.exists() or found in taken:
+        k += 1
+        found = folder.with_name(f"{folder.name}-{k}")
+    return found

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from hf_purify import output
-from hf_purify.adapter import Examples
+from hf_purify.adapter import Examples, Loaded
 from hf_purify.clean import make_context, read_clean
 from hf_purify.diagnosis import Diagnosis, FoundTrigger
 from hf_purify.errors import ConfigError, DataError
 from hf_purify.forgetting import Forgotten, forget
 from hf_purify.from_scan import weights_of
 from hf_purify.inspection import look_at_clean, odd_samples, rank_suspects, shown_layers
-from hf_purify.judgement import judge
+from hf_purify.judgement import Judgement, judge
 from hf_purify.method import Context
 from hf_purify.recipe import ScanRecipe
 from hf_purify.recovery import describe, recover_for
@@ -97,7 +97,7 @@ def run_scan(recipe: ScanRecipe) -> Diagnosis:
         session, clean, ctx = open_scan(recipe)
         suspects = read_suspects(session, recipe)
         looked = look(ctx)
-        found = diagnose(session, ctx, clean, looked, suspects)
+        found = diagnose(session, recipe, ctx, clean, looked, suspects)
         if out is not None:
             found.save(out)
     session.accelerator.wait_for_everyone()
@@ -137,38 +137,37 @@ def read_suspects(session: Session, recipe: ScanRecipe) -> tuple[Examples, torch
 
 
 def diagnose(
-    session: Session, ctx: Context, clean: Examples, looked: Looked, suspects: tuple[Examples, torch.Tensor | None] | None
+    session: Session,
+    recipe: ScanRecipe,
+    ctx: Context,
+    clean: Examples,
+    looked: Looked,
+    suspects: tuple[Examples, torch.Tensor | None] | None,
 ) -> Diagnosis:
     """What the signals say, with the triggers, neurons and samples that go with it."""
-    recipe, seconds = session.recipe, looked.seconds
-    assert isinstance(recipe, ScanRecipe)
+    seconds, forgotten, loaded = looked.seconds, looked.forgotten, session.loaded
     calibration = session.adapter.calibration()
-    judged = judge(looked.shortcuts, looked.forgotten, calibration, recipe.threshold)
-    found: StandIn | None = None
-    triggers: list[FoundTrigger] = []
-    if judged.targets:
-        with timed(seconds, "trigger"):
-            found, best = recover_for(ctx, judged.by, judged.targets, recipe.trigger_steps)
-            triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in best]
+    judged = judge(looked.shortcuts, forgotten, calibration, recipe.threshold)
+    with timed(seconds, "trigger"):
+        made, triggers = find_triggers(ctx, loaded, judged, recipe.trigger_steps)
     with timed(seconds, "neurons"):
         index = ctx.neurons()
-        scores = neuron_signals(ctx, index, looked.forgotten, found)
+        scores = neuron_signals(ctx, index, forgotten, made)
         ranked = ACTIVATION if ACTIVATION in scores else CHANGE
         flags = suspected(index, scores[ranked]) if judged.suspicious else torch.zeros(len(index), dtype=torch.bool)
     ranking = None
     if suspects is not None:
         with timed(seconds, "samples"):
-            source = name_of(recipe.suspects)
-            ranking = rank_suspects(ctx, session.loaded, looked.forgotten, suspects[0], judged.targets, source, suspects[1])
+            ranking = rank_suspects(ctx, loaded, forgotten, suspects[0], judged.targets, name_of(recipe.suspects), suspects[1])
     return Diagnosis(
-        title=f"Scan of {session.loaded.source}",
-        task=session.loaded.task or session.adapter.task,
+        title=f"Scan of {loaded.source}",
+        task=loaded.task or session.adapter.task,
         suspicious=judged.suspicious,
         score=judged.score,
         threshold=recipe.threshold,
         kind=judged.kind,
         targets=judged.targets,
-        labels=session.loaded.labels or [str(k) for k in range(session.classes)],
+        labels=loaded.labels or [str(k) for k in range(session.classes)],
         signals=judged.signals,
         layers=shown_layers(index, scores[ranked], flags),
         neurons=len(index),
@@ -177,21 +176,38 @@ def diagnose(
         triggers=triggers,
         suspects=ranking,
         calibration=dict(calibration.facts) if calibration else {},
-        checkpoint=describe_model(session) | {"weights": weights_of(ctx)},
-        clean=describe_clean(session, clean, ctx),
-        config={"samples": recipe.samples, "threshold": recipe.threshold, "trigger_steps": recipe.trigger_steps},
+        warnings=warnings_of(session, ctx, clean, forgotten, judged),
+        **described(session, recipe, ctx, clean),
         seconds=seconds,
-        versions=output.versions(),
-        seed=recipe.seed,
-        command=output.command(recipe),
-        warnings=[
-            *look_at_clean(ctx, clean, session.classes, session.loaded.labels),
-            *odd_samples(ctx, looked.forgotten, clean, judged.targets),
-            *remarks_of(session, clean, None),
-            *(
-                []
-                if calibration
-                else [f"scans of {session.adapter.name} are not calibrated: the verdict goes by an outlier rule, and there is no score"]
-            ),
-        ],
     )
+
+
+def find_triggers(ctx: Context, loaded: Loaded, judged: Judgement, steps: int) -> tuple[StandIn | None, list[FoundTrigger]]:
+    """Triggers recovered for the suspected classes; none where there is no class."""
+    if not judged.targets:
+        return None, []
+    made, best = recover_for(ctx, judged.by, judged.targets, steps)
+    return made, [describe(ctx, loaded, judged.by, made, position) for position in best]
+
+
+def described(session: Session, recipe: ScanRecipe, ctx: Context, clean: Examples) -> dict[str, Any]:
+    """Where everything comes from."""
+    return {
+        "checkpoint": describe_model(session) | {"weights": weights_of(ctx)},
+        "clean": describe_clean(session, clean, ctx),
+        "config": {"samples": recipe.samples, "threshold": recipe.threshold, "trigger_steps": recipe.trigger_steps},
+        "versions": output.versions(),
+        "seed": recipe.seed,
+        "command": output.command(recipe),
+    }
+
+
+def warnings_of(session: Session, ctx: Context, clean: Examples, forgotten: Forgotten, judged: Judgement) -> list[str]:
+    """What a reader must not overlook."""
+    uncalibrated = f"scans of {session.adapter.name} are not calibrated: the verdict goes by an outlier rule, and there is no score"
+    return [
+        *look_at_clean(ctx, clean, session.classes, session.loaded.labels),
+        *odd_samples(ctx, forgotten, clean, judged.targets),
+        *remarks_of(session, clean, None),
+        *([uncalibrated] if session.adapter.calibration() is None else []),
+    ]

@@ -1,4 +1,5 @@
-"""Publish what belongs to hf-purify itself: its metrics as Spaces that `evaluate.load` reads, its results as a data set, and a collection of all.
+"""Publish what belongs to hf-purify itself: its metrics as Spaces that `evaluate.load` reads, its page as a Space, its results as a data set,
+and a collection of all.
 
     python -m hf_purify_hub_cards.publish NAMESPACE [--private]
 
@@ -68,6 +69,19 @@ def publish_metric(folder: Path, namespace: str, private: bool) -> Uploaded:
     return upload(repository, files, f"Metric {folder.name}", target, private=private, kind="space", space_sdk="gradio")
 
 
+def spaces() -> Iterator[Path]:
+    """The folders of our other Spaces, each as it is published."""
+    root = Path(str(importlib.resources.files("hf_purify_hub_cards"))) / "spaces"
+    yield from sorted(p for p in root.iterdir() if (p / "app.py").is_file())
+
+
+def publish_space(folder: Path, namespace: str, private: bool) -> Uploaded:
+    """A Space whose files are all there: card, page and requirements."""
+    repository = f"{namespace}/{folder.name}"
+    files: dict[str, Path | bytes] = {name: folder / name for name in ("README.md", "app.py", "requirements.txt")}
+    return upload(repository, files, f"Space {folder.name}", look(repository, "space"), private=private, kind="space", space_sdk="gradio")
+
+
 def rows() -> Iterator[dict[str, Any]]:
     """All cells of the results of all modalities, flat."""
     root = Path(str(importlib.resources.files("hf_purify_recipes")))
@@ -103,8 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
 def publish(namespace: str, private: bool) -> None:
     """Publish everything, and say where it is."""
     items = []
-    for folder in metrics():
-        done = publish_metric(folder, namespace, private)
+    for publish_one, folder in [(publish_metric, f) for f in metrics()] + [(publish_space, f) for f in spaces()]:
+        done = publish_one(folder, namespace, private)
         items.append(Item(done.repository, "space"))
         sys.stdout.write(f"{done.url}\n")
     done = publish_results(namespace, private)

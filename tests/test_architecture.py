@@ -58,6 +58,7 @@ LAYERS = [
     {"reporting"},
     {"purifier", "scanner"},
     {"callbacks", "demo", "sweep", "verification"},
+    {"ui"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_purify.cli import hub, scan
+from hf_purify.cli import hub, scan, ui
 from hf_purify.cli.options import AsJson, Rule, Seed, Target, Test, Trigger, given_settings, with_shared
 from hf_purify.cli.shield import Group, say
 from hf_purify.cli.terminal import errors, quiet, run_job, show_estimate, show_report
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(scan.app)
 app.add_typer(hub.app)
+app.add_typer(ui.app)
 
 
 def _run(job: str, /, context: typer.Context, shared: dict[str, Any], **own: Any) -> None:

@@ -295,6 +295,9 @@ def test_metrics_results_and_a_collection(client: Client, hub: Hub) -> None:
         done = subprocess.run(command, env=os.environ | client.environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
     assert len(hub.repositories["spaces", "me/attack_success_rate"].history("main")) == 2
+    page = hub.repositories["spaces", "me/hf-purify"]
+    assert len(page.history("main")) == 2
+    assert b"hf-purify[ui" in page.files("main")["requirements.txt"].content
     assert "/collections/me/" in done.stdout
     found = client.python(
         "import evaluate, datasets\n"
