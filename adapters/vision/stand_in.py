@@ -89,7 +89,7 @@ class Waves(Spectrum):
 
     late = True
     highest = 12  # periods along a side of the waves that are tried
-    faint = 0.08  # their amplitude, as a share of the range of the inputs
+    faint = 0.045  # their amplitude, as a share of the range of the inputs
     tried = 12  # samples
 
     @classmethod
