@@ -18,6 +18,7 @@ TITLES = {
     "runs-compile-cpu": "the options, torch.compile among them",
     "runs-cpu": "stem of CIFAR",
     "runs-small-cpu": "stem of ImageNet on 32 px (steps 15 times cheaper)",
+    "scan-cpu": "a scan beside a repair by RNP (plain), ResNet-18, 500 images",
     "text-cpu": "language models on one thread of a CPU",
     "verify-cpu": "published repairs checked and laid on their base, 400 MB",
 }

@@ -1,0 +1,73 @@
+"""A scan of a ResNet-18 on 500 images beside a repair of it by RNP.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/scan.py --output benchmarks/results/scan-cpu.json
+
+Random images, labelled with the network's own answers, as in runs.py; the stem of ImageNet on 32 pixels unless told otherwise. The scan is all of it: signals of every kind for
+ten classes, a trigger recovered for one of them as if it were suspected, and the neurons. Runs are taken in turns. Exits with 1 where the scan costs more than the
+repair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from runs import examples
+from timing import CLASSES, context, finish, interleaved, machine, network, ratio, summary, table
+
+from hf_purify.methods.rnp import RNP
+from hf_purify.recipe import ScanRecipe
+from hf_purify.recovery import recover_for
+from hf_purify.scanner import look
+from hf_purify.suspicion import neuron_signals
+from hf_purify.task import put_back, snapshot
+
+BOUND = 1.0
+STEPS = ScanRecipe(model="any", clean="any").trigger_steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="imagenet")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    model, device = network(given.stem), torch.device("cpu")
+    data, held_out = examples(model, given.images)
+    ctx = context(model, torch.randn(2, 3, 32, 32), CLASSES, data, held_out)
+    start = copy.deepcopy(snapshot(model))
+    seconds: dict[str, float] = {}
+
+    def scan() -> None:
+        put_back(model, start)
+        ctx.generator.manual_seed(0)
+        looked = look(ctx)
+        seconds.update(looked.seconds)
+        found, _ = recover_for(ctx, "patch", [0], STEPS)
+        neuron_signals(ctx, ctx.neurons(), looked.forgotten, found)
+
+    def rnp() -> None:
+        put_back(model, start)
+        ctx.generator.manual_seed(0)
+        RNP()(ctx)
+
+    times = interleaved({"rnp": rnp, "scan": scan}, given.repeats, device, warm=0)
+    rows = {name: {**summary(t), "over_plain": ratio(t, times["rnp"])} for name, t in times.items()}
+    print(table([[n, r["median_s"], r["over_plain"]] for n, r in rows.items()], ["side", "seconds", "/ rnp"]))
+    result = {
+        "benchmark": "scan",
+        "settings": vars(given) | {"output": None},
+        "machine": machine(device),
+        "sides": rows,
+        "parts of the last scan, wall s": seconds,
+    }
+    return finish(result, [("scan / rnp", rows["scan"]["over_plain"], BOUND)], given.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
