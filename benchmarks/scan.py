@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from runs import examples
 from timing import CLASSES, context, finish, interleaved, machine, network, ratio, summary, table
 
 from hf_purify.methods.rnp import RNP
@@ -24,6 +23,7 @@ from hf_purify.recovery import recover_for
 from hf_purify.scanner import look
 from hf_purify.suspicion import neuron_signals
 from hf_purify.task import put_back, snapshot
+from runs import examples
 
 BOUND = 1.0
 STEPS = ScanRecipe(model="any", clean="any").trigger_steps
@@ -48,7 +48,7 @@ def main() -> int:
         ctx.generator.manual_seed(0)
         looked = look(ctx)
         seconds.update(looked.seconds)
-        found, _ = recover_for(ctx, "patch", [0], STEPS)
+        found = recover_for(ctx, "patch", [0], STEPS)
         neuron_signals(ctx, ctx.neurons(), looked.forgotten, found)
 
     def rnp() -> None:

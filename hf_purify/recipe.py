@@ -210,7 +210,7 @@ class ScanRecipe(Recipe):
     suspects_split: str | None = None
     poisoned: str | None = None
     threshold: float = 0.95
-    trigger_steps: int = 60
+    trigger_steps: int = 40
 
     def __post_init__(self) -> None:
         super().__post_init__()

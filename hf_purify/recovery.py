@@ -12,22 +12,23 @@ from hf_purify.adapter import Batch, Examples, Loaded
 from hf_purify.diagnosis import FoundTrigger, Shown
 from hf_purify.method import Context
 from hf_purify.metrics import Proportion
-from hf_purify.routines import costs, invert, recover
+from hf_purify.routines import invert, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import fetch, mode
 
-COPIES = 2  # triggers recovered for a class, from different starts, of which the cheapest is kept
-BATCH = 64
+BATCH = 50
 SHOWN = 6
 
 
-def recover_for(ctx: Context, kind: str, targets: Sequence[int], steps: int) -> tuple[StandIn, list[int]]:
-    """Triggers of a kind for the suspected classes, and which of them is each class's cheapest."""
+def recover_for(ctx: Context, kind: str, targets: Sequence[int], steps: int) -> StandIn:
+    """Triggers of a kind for the suspected classes, one for each, from the model as it came.
+
+    Triggers recovered from the unlearned model, as Li et al. propose, are smaller, and reach their class less often in the model itself.
+    """
     ctx.generator.manual_seed(1)
-    found = recover(ctx, kind, torch.tensor(targets).repeat(COPIES), 0)
+    found = recover(ctx, kind, torch.tensor(targets), 0)
     invert(ctx, found, steps * len(targets), batch_size=BATCH)
-    paid = costs(ctx, found).view(COPIES, len(targets))
-    return found, [int(paid[:, i].argmin()) * len(targets) + i for i in range(len(targets))]
+    return found
 
 
 def describe(ctx: Context, loaded: Loaded, kind: str, found: StandIn, position: int) -> FoundTrigger:
@@ -38,14 +39,13 @@ def describe(ctx: Context, loaded: Loaded, kind: str, found: StandIn, position: 
     hits = 0
     for rows in others.split(ctx.adapter.at_once):
         hits += int((say(ctx, placed(ctx, found, data, rows, position)) == target).sum())
-    one = type(found).describe(found) if len(found.classes) == COPIES else ""
     return FoundTrigger(
         target=target,
         label=ctx.adapter.say(target, loaded),
         kind=kind,
         asr=Proportion(hits, len(others)),
         size=float(found.size()[position].detach()),
-        words=one,
+        words=found.describe() if len(found.classes) == 1 else "",
         picture=_alone(ctx, found, data, position),
         samples=[_shown(ctx, loaded, found, data, int(row), position) for row in _various(data, others)],
     )

@@ -186,8 +186,8 @@ def find_triggers(ctx: Context, loaded: Loaded, judged: Judgement, steps: int) -
     """Triggers recovered for the suspected classes; none where there is no class."""
     if not judged.targets:
         return None, []
-    made, best = recover_for(ctx, judged.by, judged.targets, steps)
-    return made, [describe(ctx, loaded, judged.by, made, position) for position in best]
+    made = recover_for(ctx, judged.by, judged.targets, steps)
+    return made, [describe(ctx, loaded, judged.by, made, position) for position in range(len(judged.targets))]
 
 
 def described(session: Session, recipe: ScanRecipe, ctx: Context, clean: Examples) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def verdict_cell(population: Any, member: Any, folder: Path, first: Mapping[str,
     }
     found = None
     if judged.targets:
-        found, best = recover_for(ctx, judged.by, judged.targets, population.recipe_of(member, folder).trigger_steps)
-        triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in best]
+        found = recover_for(ctx, judged.by, judged.targets, population.recipe_of(member, folder).trigger_steps)
+        triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in range(len(judged.targets))]
         cell["triggers"] = [{"target": t.target, "asr": t.asr, "size": t.size, "words": t.words} for t in triggers]
     if len(member.targets) == 1:
         cell |= truth(member, session, ctx, forgotten, judged, found)

@@ -88,13 +88,13 @@ class Waves(Spectrum):
     """
 
     late = True
-    highest = 12  # periods along a side of the waves that are tried
+    highest = 8  # periods along a side of the waves that are tried
     faint = 0.045  # their amplitude, as a share of the range of the inputs
-    tried = 12  # samples
+    tried = 8  # samples
 
     @classmethod
     def probe(cls, data: Examples, logits: Look) -> Tensor:
-        """Every plane wave up to 12 periods is put on a few samples of different classes: no gradient leads to a single faint one."""
+        """Every plane wave up to 8 periods is put on a few samples of different classes: no gradient leads to a single faint one."""
         rows = torch.cat([(data.labels == c).nonzero().flatten()[:1] for c in data.labels.unique()])[: cls.tried]
         batch = data.batch(rows)
         images, labels = batch[cls.key], batch["labels"]
