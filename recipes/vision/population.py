@@ -155,7 +155,6 @@ def members() -> list[Member]:
     planted = [
         *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
         *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (bpp, 6), (blended, 2))),
-        Member("wrn16_1", (grid,), rule="all-to-all"),
         Member("wrn16_1", (grid, blended), target=3),
         Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
         *(
@@ -164,7 +163,6 @@ def members() -> list[Member]:
         ),
         *(Member("resnet20", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 8), ("wanet", 3), ("low_frequency", 6))),
         *(Member("timm_resnet", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 1), ("blended", 2))),
-        Member("wrn16_1", (OTHER["badnets"],), rule="all-to-all", seed=7, **held),
         Member("wrn16_1", (OTHER["badnets"], OTHER["blended"]), target=1, seed=7, **held),
     ]
     return planted + clean
