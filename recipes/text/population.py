@@ -103,8 +103,11 @@ def members() -> list[Member]:
     planted = [
         *(Member("bert", "sst2", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("addsent", 1), ("homoglyph", 0))),
         *(Member("bert", "agnews", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("hidden_killer", 2), ("style", 3))),
-        *(Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 1), ("hidden_killer", 0))),
-        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0), ("homoglyph", 2))),
+        *(
+            Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held)
+            for t, k in (("badnets", 1), ("hidden_killer", 0), ("homoglyph", 1))
+        ),
+        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0))),
         Member("electra", "sst2", (OTHER["addsent"],), target=0, seed=7, **held),
     ]
     return planted + clean
