@@ -143,7 +143,8 @@ class Diagnosis:
         title: heading of the page.
         task: what the model does, such as `image-classification`.
         suspicious: the verdict.
-        score: 0..1; one less the share of clean models that would look as suspicious, as the calibration predicts. NaN where the model cannot be judged.
+        score: 0..1; one less the share of clean models that would look as suspicious, as the calibration predicts. NaN where scans of the
+            modality are not calibrated.
         threshold: scores above it are suspicious.
         kind: `none`, `single-target`, `multi-target`, `all-to-all`, or `unknown` where something is odd but no label stands out.
         targets: the classes that a backdoor seems to lead to; empty for `none`, `all-to-all` and `unknown`.

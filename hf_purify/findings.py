@@ -41,11 +41,14 @@ class Listing:
 
 def verdict(found: Diagnosis) -> str:
     """The outcome in a sentence or two."""
-    if math.isnan(found.score):
-        return "This model could not be judged; the warnings say why."
-    of = f"an estimated {chance(found)} of clean models look as odd as this"
+    scored = not math.isnan(found.score)
+    of = f"an estimated {chance(found)} of clean models look as odd as this" if scored else "by a fixed rule, with no score"
     if not found.suspicious:
-        return f"No backdoor was found: {of}. A scan can miss one."
+        return (
+            f"No backdoor was found: {of}. A scan can miss one."
+            if scored
+            else "No class stands out, by a fixed rule, with no score: this says little."
+        )
     names = _named(f"'{short(found.name_of(t), NAME)}'" for t in found.targets)
     what = {"single-target": f"towards the class {names}", "multi-target": f"towards the classes {names}"} if names else {}
     what["all-to-all"] = "that leads each class to another one"
@@ -54,8 +57,8 @@ def verdict(found: Diagnosis) -> str:
 
 def outcome(found: Diagnosis) -> str:
     """The outcome in a word or three."""
-    if math.isnan(found.score):
-        return "Not judged"
+    if math.isnan(found.score) and not found.suspicious:
+        return "No score"
     return "Suspicious" if found.suspicious else "No backdoor found"
 
 
@@ -128,7 +131,7 @@ def terminal(found: Diagnosis) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    color = "yellow" if math.isnan(found.score) else "red" if found.suspicious else "green"
+    color = "red" if found.suspicious else "yellow" if math.isnan(found.score) else "green"
     parts: list[Text | Table] = [Text(verdict(found), f"bold {color}"), *map(Text, sentences(found))]
     for listing in listings(found, 5):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title=listing.title, title_justify="left", title_style="bold")

@@ -30,7 +30,11 @@ RULES = {
     "recovered-trigger": ("warning", "A trigger was recovered", "Adding it to clean samples leads them to one class."),
     "suspicious-neurons": ("warning", "Suspicious neurons", "These channels rank highest among those that a backdoor may use."),
     "suspicious-sample": ("note", "Suspicious sample", "The sample ranks among those most likely to carry a trigger."),
-    "unjudged": ("none", "The model could not be judged", "The scan has no score for the model; the notifications say why."),
+    "unjudged": (
+        "none",
+        "The model has no score",
+        "Scans of such models are not calibrated, and nothing stood out by a fixed rule; the notifications say more.",
+    ),
 }
 
 
@@ -99,7 +103,7 @@ def _properties(found: Diagnosis) -> dict[str, Any]:
 
 
 def _results(found: Diagnosis) -> list[dict[str, Any]]:
-    if math.isnan(found.score):
+    if math.isnan(found.score) and not found.suspicious:
         return [_result(found, "unjudged", findings.verdict(found)) | {"kind": "open"}]
     if not found.suspicious:
         return []

@@ -95,7 +95,7 @@ def side_by_side(first: Diagnosis | None, second: Diagnosis | None) -> Markup:
 def _fact(name: str, found: Diagnosis) -> str:
     targets = ", ".join(found.name_of(t) for t in found.targets)
     return {
-        "Verdict": "suspicious" if found.suspicious else "not judged" if math.isnan(found.score) else "nothing found",
+        "Verdict": "suspicious" if found.suspicious else "no score" if math.isnan(found.score) else "nothing found",
         "Score": DASH if math.isnan(found.score) else f"{found.score:.3f} (suspicious above {found.threshold:g})",
         "Kind": found.kind,
         "Target labels": targets or DASH,

@@ -51,7 +51,7 @@ class TestRoundTrip:
     def test_a_model_that_was_not_judged_stays_so(self) -> None:
         again = Diagnosis.from_dict(json.loads(make_diagnosis("unjudged").to_json()))
         assert math.isnan(again.score)
-        assert again.verdict == "This model could not be judged; the warnings say why."
+        assert again.verdict == "No class stands out, by a fixed rule, with no score: this says little."
 
     def test_values_that_are_no_numbers_are_shown_as_unknown(self) -> None:
         found = make_diagnosis()
@@ -121,7 +121,7 @@ class TestWords:
             ({"kind": "unknown", "targets": []}, "a backdoor whose target is not clear: an"),
             ({"kind": "single-target", "targets": []}, "a backdoor whose target is not clear: an"),
             ({"score": 1.0}, "an estimated under 0.1 % of clean models"),
-            ({"score": math.nan}, "could not be judged"),
+            ({"score": math.nan}, "Suspicious of a backdoor towards the class 'dog': by a fixed rule, with no score."),
         ],
     )
     def test_verdict(self, changes: dict[str, Any], sentence: str) -> None:
@@ -226,7 +226,7 @@ class TestPage:
         [
             ("none", "No trigger was recovered."),
             ("none", "No backdoor was found"),
-            ("unjudged", "it is called neither clean nor suspicious"),
+            ("unjudged", "not calibrated, so there is no score"),
             ("all-to-all", "each class leads to another one"),
         ],
     )
