@@ -37,7 +37,7 @@ def make_diagnosis(kind: str = "single-target", text: bool = False, hostile: str
         text: of a text model, whose triggers are words.
         hostile: put into every text that a stranger may have written.
     """
-    found = kind != "none"
+    found = kind not in ("none", "unjudged")
     targets = {"single-target": [5], "multi-target": [5, 7]}.get(kind, [])
     base = np.array([0.3, 0.5, 0.2, 0.8, 0.4, 0.6, 0.1, 0.35, 0.55, 0.45])
     values = base + np.array([3.5 if k in targets else 0 for k in range(10)])
