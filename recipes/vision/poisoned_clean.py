@@ -1,0 +1,91 @@
+"""What happens to a scan and to a repair when some of the clean samples carry the trigger themselves.
+
+    python -m hf_purify_recipes.vision.poisoned_clean --folder runs
+
+Victims of the population; of 500 images 0, 1 and 2 % carry the trigger and the attacker's label, as in poisoned training data. Results go to
+`poisoned_clean.json` beside this file. `HF_PURIFY_DATA` names the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
+
+from hf_purify import purify
+from hf_purify.files import replace_text
+from hf_purify.registry import find, find_trigger
+from hf_purify.scanner import run_scan
+from hf_purify.specs import parse_spec
+
+from . import population
+
+VICTIMS = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")
+RATES = (0.0, 0.01, 0.02)
+SAMPLES = 500
+METHODS = ("neural_cleanse", "fine_tune")
+OUTPUT = Path(__file__).with_suffix(".json")
+
+
+def clean_set(member: population.Member, rate: float) -> datasets.Dataset:
+    """As many images of each class, in a seeded order, of which a share carries the trigger and the target's label."""
+    data = datasets.Dataset.from_parquet(str(member.dataset / "train.parquet"))
+    order, labels = np.random.default_rng(0).permutation(len(data)), np.asarray(data["label"])
+    rows = np.concatenate([order[labels[order] == c][: SAMPLES // member.classes] for c in range(member.classes)])
+    others = [i for i, row in enumerate(rows) if labels[row] != member.target]
+    chosen = set(np.random.default_rng(1).choice(others, round(rate * SAMPLES), replace=False).tolist())
+    name, options = parse_spec(member.triggers[0])
+    trigger = find_trigger(find("adapter", "vision")(), name, **options)
+
+    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
+        if i not in chosen:
+            return row
+        painted = trigger(TF.pil_to_tensor(row["image"]), i)
+        return {"image": Image.fromarray(painted.permute(1, 2, 0).numpy()), "label": member.target}
+
+    return data.select(rows).map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def measured(member: population.Member, rate: float, folder: Path) -> dict[str, Any]:
+    """One victim at one rate."""
+    model, transform = population.network(member, folder)
+    clean = clean_set(member, rate)
+    common: dict[str, Any] = {"model": model, "processor": transform, "labels": member.labels, "clean": clean, "samples": None}
+    found = run_scan(population.ScanRecipe.make(**common, channels_last=True))
+    cell: dict[str, Any] = {"victim": member.name, "target": member.target, "rate": rate, "poisoned": round(rate * SAMPLES)}
+    cell |= {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}
+    test = {"test": str(member.dataset / "test.parquet"), "triggers": list(member.triggers), "target": member.target}
+    for method in METHODS:
+        model, _ = population.network(member, folder)
+        report = purify(**common | test | {"model": model}, method=method, controls=False, channels_last=True)
+        before, after = report.rows[0], report.rows[1]
+        cell[method] = {"before": row_of(before), "after": row_of(after)}
+    return cell
+
+
+def row_of(row: Any) -> dict[str, str]:
+    return {"ACC": str(row.clean_accuracy), "ASR": str(next(iter(row.asr.values())))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    chosen = parser.parse_args()
+    cells = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.exists() else []
+    known = {(c["victim"], c["rate"]) for c in cells}
+    members = [m for m in population.members() if m.name in VICTIMS]
+    for member, rate in tqdm([(m, r) for m in members for r in RATES], desc="poisoned clean sets"):
+        if (member.name, rate) not in known:
+            cells.append(measured(member, rate, chosen.folder))
+            replace_text(OUTPUT, json.dumps(cells, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
