@@ -61,9 +61,10 @@ def judge(shortcuts: dict[str, Shortcut], forgotten: Forgotten, calibration: Cal
 
 
 def _targets(values: Tensor, line: float) -> list[int]:
-    """The classes beyond the line, the cheapest first; at least that one, and two at most, since they are seen beside the third."""
+    """The cheapest class, and the second one where it is beyond the line, too, and half as far out; two at most, since they are seen beside the third."""
     order = values.argsort(descending=True).tolist()
-    return [order[0], *(k for k in order[1:2] if float(values[k]) > line)]
+    least = max(line, float(values[order[0]]) / 2)
+    return [order[0], *(k for k in order[1:2] if float(values[k]) > least)]
 
 
 def _shortcut(found: Shortcut, line: float, calibration: Calibration | None) -> Signal:
