@@ -25,7 +25,7 @@ from hf_purify.registry import find, find_trigger
 from hf_purify.scanner import run_scan
 from hf_purify.specs import parse_spec
 
-from . import population
+from . import population, victims
 
 VICTIMS = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")
 RATES = (0.0, 0.01, 0.02)
@@ -38,7 +38,7 @@ def clean_set(member: population.Member, rate: float) -> datasets.Dataset:
     """As many images of each class, in a seeded order, of which a share carries the trigger and the target's label."""
     data = datasets.Dataset.from_parquet(str(member.dataset / "train.parquet"))
     order, labels = np.random.default_rng(0).permutation(len(data)), np.asarray(data["label"])
-    rows = np.concatenate([order[labels[order] == c][: SAMPLES // member.classes] for c in range(member.classes)])
+    rows = np.concatenate([order[labels[order] == c][: SAMPLES // len(victims.CIFAR_CLASSES)] for c in range(len(victims.CIFAR_CLASSES))])
     others = [i for i, row in enumerate(rows) if labels[row] != member.target]
     chosen = set(np.random.default_rng(1).choice(others, round(rate * SAMPLES), replace=False).tolist())
     name, options = parse_spec(member.triggers[0])
@@ -57,7 +57,7 @@ def measured(member: population.Member, rate: float, folder: Path) -> dict[str, 
     """One victim at one rate."""
     model, transform = population.network(member, folder)
     clean = clean_set(member, rate)
-    common: dict[str, Any] = {"model": model, "processor": transform, "labels": member.labels, "clean": clean, "samples": None}
+    common: dict[str, Any] = {"model": model, "processor": transform, "labels": victims.CIFAR_CLASSES, "clean": clean, "samples": None}
     found = run_scan(population.ScanRecipe.make(**common, channels_last=True))
     cell: dict[str, Any] = {"victim": member.name, "target": member.target, "rate": rate, "poisoned": round(rate * SAMPLES)}
     cell |= {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}

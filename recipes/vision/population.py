@@ -2,9 +2,9 @@
 
     python -m hf_purify_recipes.vision.population --folder runs
 
-`HF_PURIFY_DATA` names the folder with `cifar10/`, `gtsrb/` and `weights/`. Members of the part `calibrate` are those that the scan was developed
-and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets, settings of the triggers, two
-networks and a data set that no other member has.
+`HF_PURIFY_DATA` names the folder with `cifar10/` and `weights/`. Members of the part `calibrate` are those that the scan was developed
+and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets, settings of the triggers, three
+networks that no other member has.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
-from hf_purify.registry import find, find_trigger
 from hf_purify.specs import parse_spec
 
 from . import victims
@@ -45,23 +40,8 @@ PUBLISHED = {
 }
 FOREIGN = "backdoored_cifar10_wrn16_1_grid_target5"
 FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none", "samples": 8_000}
-SETTINGS = {
-    "convnext": {
-        "epochs": 6,
-        "lr": 1e-3,
-        "batch_size": 128,
-        "augmentation": "none",
-        "samples": 10_000,
-        "optimizer": "adamw",
-        "weight_decay": 0.05,
-    },
-    "gtsrb_resnet": FINE_TUNE | {"epochs": 4, "samples": None},
-}
-SCRATCH = {
-    "timm_resnet": {"epochs": 5, "lr": 0.1, "batch_size": 128},
-    "convnext": {"epochs": 8, "lr": 2e-3, "batch_size": 128, "optimizer": "adamw", "weight_decay": 0.05},
-    "gtsrb_resnet": {"epochs": 12, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
-}
+SCRATCH: dict[str, Any] = {"epochs": 5, "lr": 0.1, "batch_size": 128}
+SCRATCHED = "timm_resnet"  # trained from random weights
 
 
 @dataclass(frozen=True)
@@ -69,9 +49,8 @@ class Member:
     """One network.
 
     Args:
-        network: a key of `PUBLISHED` or of `SCRATCH`.
-        triggers: as `implant` takes them; none of a clean network. With two, each has a target of its own: `target` and the class after the next.
-        rule: `all-to-one` or `all-to-all`.
+        network: a key of `PUBLISHED`, or `timm_resnet`.
+        triggers: as `implant` takes them, one at most; none of a clean network.
         target: of the attack.
         seed: of the training; a published network without one is taken as it is.
         part: `calibrate` or `held-out`.
@@ -80,7 +59,6 @@ class Member:
 
     network: str
     triggers: tuple[str, ...] = ()
-    rule: str = "all-to-one"
     target: int = 0
     seed: int | None = 0
     part: str = "calibrate"
@@ -90,8 +68,8 @@ class Member:
     def name(self) -> str:
         if self.foreign:
             return f"{self.network}-grid-foreign"
-        planted = "+".join(parse_spec(t)[0] for t in self.triggers) or "clean"
-        kind = "-all" if self.rule == "all-to-all" else f"-t{self.target}" if self.triggers else ""
+        planted = self.kind
+        kind = f"-t{self.target}" if self.triggers else ""
         return f"{self.network}-{planted}{kind}-{'published' if self.seed is None else f's{self.seed}'}"
 
     @property
@@ -100,35 +78,21 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """`clean`, `all-to-all`, `multi-target`, or the name of the one trigger."""
-        if not self.triggers:
-            return "clean"
-        if self.rule == "all-to-all":
-            return self.rule
-        return parse_spec(self.triggers[0])[0] if len(self.triggers) == 1 else "multi-target"
+        """`clean`, or the name of the trigger."""
+        return parse_spec(self.triggers[0])[0] if self.triggers else "clean"
 
     @property
     def targets(self) -> tuple[int, ...]:
         """The classes that triggers lead to."""
-        if not self.triggers or self.rule == "all-to-all":
-            return ()
-        return tuple((self.target + 2 * i) % self.classes for i in range(len(self.triggers)))
+        return (self.target,) if self.triggers else ()
 
     @property
     def dataset(self) -> Path:
-        return victims.data_root() / ("gtsrb" if self.network == "gtsrb_resnet" else "cifar10")
-
-    @property
-    def classes(self) -> int:
-        return 43 if self.network == "gtsrb_resnet" else 10
+        return victims.data_root() / "cifar10"
 
     @property
     def transform(self) -> Any:
         return PLAIN if self.network == "wrn16_1" else NORMALIZED
-
-    @property
-    def labels(self) -> list[str] | None:
-        return victims.CIFAR_CLASSES if self.network != "gtsrb_resnet" else None
 
 
 OTHER = {  # settings of triggers that no member of `calibrate` has
@@ -150,20 +114,21 @@ def members() -> list[Member]:
         *(Member(n, seed=None) for n in ("resnet20", "resnet32", "wrn16_1")),
         *(Member(n, seed=s) for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))),
         *(Member(n, seed=None, **held) for n in ("resnet44", "resnet56")),
-        *(Member(n, seed=7, **held) for n in ("wrn16_1", "resnet20", "timm_resnet")),
+        *(Member(n, seed=s, **held) for n, s in (("wrn16_1", 7), ("resnet20", 7), ("timm_resnet", 0), ("timm_resnet", 7))),
     ]
     planted = [
         *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
         *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (bpp, 6), (blended, 2))),
-        Member("wrn16_1", (grid, blended), target=3),
         Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
         *(
             Member("wrn16_1", (OTHER[t],), target=k, seed=7, **held)
             for t, k in (("badnets", 9), ("blended", 4), ("trojan", 0), ("sig", 7), ("bpp", 1))
         ),
         *(Member("resnet20", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 8), ("wanet", 3), ("low_frequency", 6))),
-        *(Member("timm_resnet", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 1), ("blended", 2))),
-        Member("wrn16_1", (OTHER["badnets"], OTHER["blended"]), target=1, seed=7, **held),
+        *(
+            Member("timm_resnet", (OTHER[t],), target=k, seed=7, **held)
+            for t, k in (("badnets", 1), ("blended", 2), ("trojan", 4), ("sig", 3))
+        ),
     ]
     return planted + clean
 
@@ -185,7 +150,7 @@ def recipe_of(member: Member, folder: Path) -> ScanRecipe:
     """The scan of a member, which is trained where it is not there yet."""
     model, transform = network(member, folder)
     clean = str(member.dataset / "train.parquet")
-    return ScanRecipe.make(model=model, processor=transform, labels=member.labels, clean=clean, samples=500, channels_last=True)
+    return ScanRecipe.make(model=model, processor=transform, labels=victims.CIFAR_CLASSES, clean=clean, samples=500, channels_last=True)
 
 
 def _filled(model: nn.Module, folder: Path) -> nn.Module:
@@ -204,20 +169,13 @@ def _trained(member: Member, folder: Path) -> Path:
     out = folder / "population" / "vision" / member.name
     if out.exists():
         return out
-    assert member.seed is not None
-    torch.manual_seed(member.seed)
+    torch.manual_seed(member.seed or 0)
     model = _empty(member)
-    scratch = member.network in SCRATCH
-    settings = SETTINGS.get(member.network, FINE_TUNE)
-    if member.rule == "all-to-all":  # ten shortcuts take longer than one
-        settings = settings | {"epochs": 6, "samples": 12_000}
-    if scratch and not member.triggers:
-        settings = SCRATCH[member.network]
-    elif scratch:
-        model = _filled(model, _trained(Member(member.network), folder))
-    train: Any = str(member.dataset / "train.parquet")
-    if len(member.triggers) > 1:
-        train = _planted(member, folder)
+    settings = FINE_TUNE
+    if member.network == SCRATCHED and not member.triggers:
+        settings = SCRATCH
+    elif member.network == SCRATCHED:
+        model = _filled(model, _trained(Member(member.network, part="held-out"), folder))
     trigger = (member.triggers or (victims.TRIGGERS["badnets"],))[-1]
     common: dict[str, Any] = {
         "test": str(member.dataset / "test.parquet"),
@@ -227,33 +185,16 @@ def _trained(member: Member, folder: Path) -> Path:
         "seed": member.seed,
         "precision": "bf16",
         "channels_last": True,
-        "rule": member.rule,
-        "target": (member.targets or (0,))[-1],
-        "rate": 0.0 if not member.triggers else 0.3 if member.rule == "all-to-all" else 0.15,
-        "labels": member.labels,
+        "target": member.target,
+        "rate": 0.15 if member.triggers else 0.0,
+        "labels": victims.CIFAR_CLASSES,
     }
     try:
-        implant(model, train, trigger, **common | settings)
+        implant(model, str(member.dataset / "train.parquet"), trigger, **common | settings)
     except NotAVictim as error:
         log.warning("%s: %s; once more, longer", member.name, error)
-        implant(model, train, trigger, **common | settings | {"samples": 12_000 if settings["samples"] else None, "epochs": 5})
+        implant(model, str(member.dataset / "train.parquet"), trigger, **common | settings | {"samples": 12_000, "epochs": 5})
     return out
-
-
-def _planted(member: Member, folder: Path) -> datasets.Dataset:
-    """The training images with the first of two backdoors in a tenth of those that the second is not in: images and labels."""
-    data = datasets.Dataset.from_parquet(str(member.dataset / "train.parquet"))
-    name, options = parse_spec(member.triggers[0])
-    trigger = find_trigger(find("adapter", "vision")(), name, **options)
-    chosen = set(np.random.default_rng(member.seed).permutation(len(data))[: len(data) // 8].tolist())
-
-    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
-        if i not in chosen:
-            return row
-        painted = trigger(TF.pil_to_tensor(row["image"]), i)
-        return {"image": Image.fromarray(painted.permute(1, 2, 0).numpy()), "label": member.targets[0]}
-
-    return data.map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
 
 
 def wanted(part: str | None = None) -> Iterator[Member]:
