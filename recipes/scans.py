@@ -18,7 +18,7 @@ Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scan
 
 - A model is called suspicious where its score is above 0.95. The score comes from the clean models of the part `calibrate` alone: no backdoored model has a part in it.
 - The models of the part `calibrate` were looked at while the scan was made; those of `held-out` were scanned when nothing was to be changed any more: other seeds, targets and
-  settings of the triggers ({other}). What each is, and how it is trained again: `recipes/{modality}/population.py`.
+  settings of the triggers ({other}). {moved}What each is, and how it is trained again: `recipes/{modality}/population.py`.
 - Intervals are 95 %, Wilson's of shares, Hanley and McNeil's of an AUROC.
 
 """
@@ -27,11 +27,21 @@ Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scan
 def page(modality: str, cells: list[dict[str, Any]]) -> str:
     """The page as Markdown."""
     known = {
-        "vision": ("Image classification", "500", "and architectures: ResNet-44, ResNet-56, a timm ResNet"),
+        "vision": ("Image classification", "500", "and an architecture: a timm ResNet"),
         "text": ("Text classification", "200", "and an architecture: ELECTRA"),
     }
     title, samples, other = known[modality]
-    parts = [HEAD.format(title=title, modality=modality, samples=samples, other=other), rates(cells), by_trigger(cells), signals(cells)]
+    moved = (
+        "ResNet-44 and ResNet-56 were to be held out, and were moved to `calibrate` when the first of them was called suspicious. "
+        if modality == "vision"
+        else ""
+    )
+    parts = [
+        HEAD.format(title=title, modality=modality, samples=samples, other=other, moved=moved),
+        rates(cells),
+        by_trigger(cells),
+        signals(cells),
+    ]
     return "".join([*parts, neurons(cells), samples_table(cells), details(cells)])
 
 

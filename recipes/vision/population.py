@@ -3,8 +3,8 @@
     python -m hf_purify_recipes.vision.population --folder runs
 
 `HF_PURIFY_DATA` names the folder with `cifar10/` and `weights/`. Members of the part `calibrate` are those that the scan was developed
-and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets, settings of the triggers, three
-networks that no other member has.
+and calibrated on; those of `held-out` were scanned once, when nothing was to be changed any more: other seeds, targets, settings of the triggers, and a
+network that no other member has. ResNet-44 and ResNet-56 were to be held out, and moved when the first of them was called suspicious.
 """
 
 from __future__ import annotations
@@ -111,10 +111,12 @@ def members() -> list[Member]:
     T, held = victims.TRIGGERS, {"part": "held-out"}
     grid, blended, sig, trojan, wanet, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "bpp"))
     clean = [
-        *(Member(n, seed=None) for n in ("resnet20", "resnet32", "wrn16_1")),
+        *(Member(n, seed=None) for n in ("resnet20", "resnet32", "resnet44", "resnet56", "wrn16_1")),
         *(Member(n, seed=s) for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))),
-        *(Member(n, seed=None, **held) for n in ("resnet44", "resnet56")),
-        *(Member(n, seed=s, **held) for n, s in (("wrn16_1", 7), ("resnet20", 7), ("timm_resnet", 0), ("timm_resnet", 7))),
+        *(
+            Member(n, seed=s, **held)
+            for n, s in (("wrn16_1", 7), ("resnet20", 7), ("timm_resnet", 0), ("timm_resnet", 7), ("resnet32", 7), ("wrn16_1", 8))
+        ),
     ]
     planted = [
         *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
