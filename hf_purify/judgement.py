@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from hf_purify.calibration import Calibration
 from hf_purify.diagnosis import Signal
 from hf_purify.forgetting import Forgotten
@@ -15,7 +13,8 @@ from hf_purify.shortcuts import Shortcut
 
 OUTLIER = math.log(1 / 0.5)  # without a calibration, a class that costs half of the third cheapest is suspected
 ROWS_CUT = 3.5  # ULRL's
-SHORTCUT = "How much cheaper a trigger of the kind '{kind}' towards a class is than one towards the third cheapest class, as a logarithm."
+SHORTCUT = "How cheap a trigger of the kind '{kind}' towards a class is, by itself and beside one towards the third cheapest class, as a logarithm."
+TRIED = "How much cheaper the best trigger of the kind '{kind}' among those tried is towards a class than towards the third cheapest class, as a logarithm."
 SHARES = "Share of the errors that fall to a class while the clean task is unlearned."
 ROWS = "How far unlearning moves the classifier's row of a class beside the others, in robust standard deviations (ULRL)."
 
@@ -44,39 +43,46 @@ def judge(shortcuts: dict[str, Shortcut], forgotten: Forgotten, calibration: Cal
         calibration: what clean models look like; without one the verdict goes by a fixed line, and there is no score.
     """
     statistics = {kind: found.statistic for kind, found in shortcuts.items()}
-    lines = {kind: (calibration.line(kind, threshold) if calibration else None) or OUTLIER for kind in shortcuts}
+    lines = {kind: calibration.line(kind, threshold) if calibration else None for kind in shortcuts}
     if calibration:
         score = calibration.score(statistics)
         suspicious = score > threshold
         odd = {kind: calibration.signals[kind].z(value) for kind, value in statistics.items() if kind in calibration.signals}
     else:
         score = math.nan
-        odd = {kind: value / OUTLIER for kind, value in statistics.items()}
-        suspicious = max(odd.values()) > 1
+        odd = {kind: float(found.relative.max()) for kind, found in shortcuts.items()}
+        suspicious = max(odd.values()) > OUTLIER
     by = max(odd, key=lambda kind: odd[kind])
-    targets = _targets(shortcuts[by].values, lines[by]) if suspicious else []
+    targets = _targets(shortcuts[by], lines[by]) if suspicious else []
     signals = [_shortcut(found, lines[kind], calibration) for kind, found in shortcuts.items()]
     kind = "none" if not suspicious else "single-target" if len(targets) == 1 else "multi-target"
     return Judgement(suspicious, score, kind, targets, [*signals, *_unlearned(forgotten)], by)
 
 
-def _targets(values: Tensor, line: float) -> list[int]:
-    """The cheapest class, and the second one where it is beyond the line, too, and half as far out; two at most, since they are seen beside the third."""
-    order = values.argsort(descending=True).tolist()
-    least = max(line, float(values[order[0]]) / 2)
-    return [order[0], *(k for k in order[1:2] if float(values[k]) > least)]
+def _targets(found: Shortcut, line: float | None) -> list[int]:
+    """The cheapest class, and the second one where it is beyond the line, too, and half as far out; two at most, since they are seen beside the third.
+
+    Args:
+        line: of the calibration; without one the fixed line is drawn.
+    """
+    relative, values = found.relative, found.values
+    order = relative.argsort(descending=True).tolist()
+    far = [k for k in order[1:2] if float(relative[k]) > float(relative[order[0]]) / 2]
+    return [order[0], *(k for k in far if (float(relative[k]) > OUTLIER if line is None else float(values[k]) > line))]
 
 
-def _shortcut(found: Shortcut, line: float, calibration: Calibration | None) -> Signal:
+def _shortcut(found: Shortcut, line: float | None, calibration: Calibration | None) -> Signal:
     null = calibration.signals.get(found.kind) if calibration else None
-    lowest = float(found.values[found.values.isfinite()].min())
+    values = found.values if calibration else found.relative
+    lowest = float(values[values.isfinite()].min())
+    statistic = float(values.max())
     return Signal(
         name=found.kind,
-        about=SHORTCUT.format(kind=found.kind),
-        values=[round(max(float(v), lowest), 4) for v in found.values],
-        line=round(line, 4),
-        statistic=round(found.statistic, 4),
-        chance=round(null.chance(found.statistic), 6) if null else None,
+        about=(TRIED if found.tried or not calibration else SHORTCUT).format(kind=found.kind),
+        values=[round(max(float(v), lowest), 4) for v in values],
+        line=round(OUTLIER if line is None else line, 4),
+        statistic=round(statistic, 4),
+        chance=round(null.chance(statistic), 6) if null else None,
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_purify.method import Context
 from hf_purify.routines import costs, invert, recover
-from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 
 STEPS = 45  # of the inversion, for each ten classes
@@ -25,16 +24,16 @@ class Shortcut:
     Args:
         kind: one of the adapter's `stand_ins`.
         costs: `(K,)` by class; infinite for a class that the kind cannot lead to.
-        found: the triggers; None where a look told the costs without any.
+        tried: some triggers were tried, where others are recovered by gradients.
     """
 
     kind: str
     costs: Tensor
-    found: StandIn | None
+    tried: bool = False
 
     @property
-    def values(self) -> Tensor:
-        """`(K,)` how much cheaper than the third cheapest class each one is, as a logarithm; that of two classes is beside the other one.
+    def relative(self) -> Tensor:
+        """`(K,)` how much cheaper than the third cheapest class each one is, as a logarithm; of two classes beside the other one.
 
         The third, so that two targets of one model do not hide each other.
         """
@@ -42,6 +41,15 @@ class Shortcut:
         ordered = self.costs[known].sort().values.clamp(min=1e-9)
         base = ordered[min(2, len(ordered) - 1)]
         return torch.where(known, (base / self.costs.clamp(min=1e-9)).log(), -math.inf)
+
+    @property
+    def values(self) -> Tensor:
+        """`(K,)` how suspicious each class is.
+
+        Of recovered triggers what they cost by themselves counts, too: some networks have a class that is nearer than all others by nature, and
+        is not near. What tried triggers cost depends on how many there are, so that they are seen beside each other alone.
+        """
+        return self.relative if self.tried else self.relative - self.costs.clamp(min=1e-9).log()
 
     @property
     def statistic(self) -> float:
@@ -58,8 +66,8 @@ def shortcut(ctx: Context, kind: str) -> Shortcut:
     aims = made.aims(classes)
     spread = torch.full((classes,), math.inf)
     if known is not None:
-        return Shortcut(kind, spread.index_copy(0, aims[: len(known)], known[: len(aims)].float()), None)
+        return Shortcut(kind, spread.index_copy(0, aims[: len(known)], known[: len(aims)].float()), tried=True)
     found = recover(ctx, kind, aims, 0)
     before = costs(ctx, found, SAMPLES) if made.relative else torch.ones(len(aims))
     invert(ctx, found, STEPS * max(1, round(classes / 10)), batch_size=BATCH)
-    return Shortcut(kind, spread.index_copy(0, aims, costs(ctx, found, SAMPLES) / before), found)
+    return Shortcut(kind, spread.index_copy(0, aims, costs(ctx, found, SAMPLES) / before))

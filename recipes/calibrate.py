@@ -70,6 +70,7 @@ def signals_cell(population: Any, member: Any, folder: Path) -> dict[str, Any]:
         "classes": session.classes,
         "statistics": looked.statistics,
         "costs": {kind: found.costs.tolist() for kind, found in looked.shortcuts.items()},
+        "tried": [kind for kind, found in looked.shortcuts.items() if found.tried],
         "shares": looked.forgotten.shares.tolist(),
         "rows": looked.forgotten.rows.tolist() if looked.forgotten.rows is not None else None,
         "confusion": looked.forgotten.confusion.tolist(),
@@ -80,10 +81,9 @@ def signals_cell(population: Any, member: Any, folder: Path) -> dict[str, Any]:
 
 def shortcuts_of(cell: Mapping[str, Any]) -> dict[str, Shortcut]:
     """What triggers cost, as the first pass kept it; infinite costs were written as null."""
-    infinite = float("inf")
-    return {
-        kind: Shortcut(kind, torch.tensor([infinite if c is None else c for c in costs]), None) for kind, costs in cell["costs"].items()
-    }
+    far = float("inf")
+    costs = {kind: torch.tensor([far if c is None else c for c in found]) for kind, found in cell["costs"].items()}
+    return {kind: Shortcut(kind, found, kind in cell["tried"]) for kind, found in costs.items()}
 
 
 def verdict_cell(population: Any, member: Any, folder: Path, first: Mapping[str, Any], calibration: Calibration) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def forgotten(classes: int = 10, rows: Tensor | None = None) -> Forgotten:
 
 
 def shortcut(*costs: float, kind: str = "patch") -> Shortcut:
-    return Shortcut(kind, torch.tensor(costs), None)
+    return Shortcut(kind, torch.tensor(costs), tried=True)
 
 
 class TestShortcut:
@@ -44,6 +44,11 @@ class TestShortcut:
         found = shortcut(2.0, 4.0, 6.0, math.inf)
         assert found.statistic == pytest.approx(math.log(3.0))
         assert found.values[3] == -math.inf
+
+    def test_what_recovered_triggers_cost_by_themselves_counts(self) -> None:
+        near, far = (Shortcut("patch", torch.tensor(costs)) for costs in ((0.5, 1.0, 1.5), (5.0, 10.0, 15.0)))
+        assert near.relative.tolist() == pytest.approx(far.relative.tolist())
+        assert near.statistic - far.statistic == pytest.approx(math.log(10.0))
 
     def test_a_cost_of_nothing_is_finite(self) -> None:
         assert math.isfinite(shortcut(0.0, 1.0, 2.0).statistic)
