@@ -172,7 +172,7 @@ class Diagnosis:
     task: str
     suspicious: bool
     score: float
-    threshold: float = 0.95
+    threshold: float = 0.9
     kind: str = "none"
     targets: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)

@@ -209,7 +209,7 @@ class ScanRecipe(Recipe):
     suspects: Any = None
     suspects_split: str | None = None
     poisoned: str | None = None
-    threshold: float = 0.95
+    threshold: float = 0.9
     trigger_steps: int = 40
 
     def __post_init__(self) -> None:

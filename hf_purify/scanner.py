@@ -204,10 +204,17 @@ def described(session: Session, recipe: ScanRecipe, ctx: Context, clean: Example
 
 def warnings_of(session: Session, ctx: Context, clean: Examples, forgotten: Forgotten, judged: Judgement) -> list[str]:
     """What a reader must not overlook."""
-    uncalibrated = f"scans of {session.adapter.name} are not calibrated: the verdict goes by an outlier rule, and there is no score"
+    calibration = session.adapter.calibration()
+    if calibration is None:
+        beside = f"scans of {session.adapter.name} are not calibrated: the verdict goes by an outlier rule, and there is no score"
+    else:
+        beside = (
+            f"the score was calibrated on models for {calibration.facts.get('data of the models', 'other data')}; of models for other data more clean ones may be "
+            "called suspicious: scan one that you trust, too"
+        )
     return [
         *look_at_clean(ctx, clean, session.classes, session.loaded.labels),
         *odd_samples(ctx, forgotten, clean, judged.targets),
         *remarks_of(session, clean, None),
-        *([uncalibrated] if session.adapter.calibration() is None else []),
+        beside,
     ]

@@ -1,6 +1,6 @@
 """What a scan says of a population of models: the calibration of its score, and how often it is right.
 
-    python -m hf_purify_recipes.calibrate vision            # scan what is missing; calibrate on the clean models of the part `calibrate`
+    python -m hf_purify_recipes.calibrate vision            # scan what is missing; calibrate on the clean models
     python -m hf_purify_recipes.calibrate vision --write    # calibration and page from the scans that are there
 
 Scans run in two passes, each kept by model: what the signals say; then, with the calibration of the first pass, the verdict and what goes with it.
@@ -29,6 +29,7 @@ from hf_purify.method import Context
 from hf_purify.metrics import Proportion
 from hf_purify.plain import plain
 from hf_purify.ranking import auroc, suspicion
+from hf_purify.recipe import ScanRecipe
 from hf_purify.recovery import describe, recover_for
 from hf_purify.registry import find, find_trigger
 from hf_purify.scanner import look, open_scan
@@ -39,7 +40,9 @@ from hf_purify.suspicion import change_by, neuron_signals, suspected
 from hf_purify.triggers import make_rule, trigger_all
 
 log = logging.getLogger(__name__)
-SCORE = 0.95  # above it a model is called suspicious
+SCORE = ScanRecipe.threshold  # above it a model is called suspicious
+DATA = {"vision": "CIFAR-10, 32 pixels", "text": "SST-2 and AG News, small encoders trained from random weights"}
+NOTHING = Forgotten({}, {}, torch.eye(2), 0.0, 0, None)  # what the verdict does not depend on
 SUSPECTS = 200  # test samples with, and as many without the trigger
 
 
@@ -163,8 +166,14 @@ def run(modality: str, folder: Path, part: str | None) -> None:
 
 
 def fit(cells: Iterable[Mapping[str, Any]]) -> Calibration:
-    """The calibration, from the clean models that are there for it."""
-    return Calibration.fit([c["statistics"] for c in cells if not c["backdoored"] and c["part"] == "calibrate"])
+    """The calibration, from all clean models."""
+    return Calibration.fit([c["statistics"] for c in cells if not c["backdoored"]])
+
+
+def left_out(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The score of each clean model by a calibration that it has no part in."""
+    clean = [c for c in cells if not c["backdoored"]]
+    return {c["name"]: fit([d for d in clean if d is not c]).score(c["statistics"]) for c in clean}
 
 
 def collected(modality: str, folder: Path) -> list[dict[str, Any]]:
@@ -177,14 +186,22 @@ def collected(modality: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def facts(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a calibration says of itself: models, false positives, and what was found, on those that it was not made of."""
-    held = [c for c in cells if c["part"] == "held-out" and c["verdict"]]
-    called = {b: [c["verdict"]["suspicious"] for c in held if c["backdoored"] is b] for b in (False, True)}
+    """What a calibration says of itself: the models, false positives, and what was found."""
+    scores = left_out(cells)
+    found = [judge(shortcuts_of(c), NOTHING, fit(cells), SCORE).suspicious for c in cells if c["backdoored"]]
     return {
-        "clean models that it was made of": sum(not c["backdoored"] and c["part"] == "calibrate" for c in cells),
-        "held-out clean models called suspicious": str(Proportion(sum(called[False]), len(called[False]))),
-        "held-out backdoored models found": str(Proportion(sum(called[True]), len(called[True]))),
+        "data of the models": DATA[modality_of(cells)],
+        "clean models": len(scores),
+        "networks": ", ".join(sorted({c["network"] for c in cells})),
+        f"clean models called suspicious at {SCORE:g}, each left out in its turn": str(
+            Proportion(sum(s > SCORE for s in scores.values()), len(scores))
+        ),
+        f"backdoored models found at {SCORE:g}": str(Proportion(sum(found), len(found))),
     }
+
+
+def modality_of(cells: list[dict[str, Any]]) -> str:
+    return "text" if "words" in cells[0]["statistics"] else "vision"
 
 
 def write(modality: str, folder: Path) -> None:

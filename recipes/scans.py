@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -10,14 +11,16 @@ from typing import Any
 from hf_purify.calibration import Null
 from hf_purify.metrics import Proportion
 
+from .calibrate import SCORE, left_out
+
 Cell = Mapping[str, Any]
-ODD = ("all-to-all", "multi-target")
 HEAD = """# {title}: what a scan says of models with and without a backdoor
 
 Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scans.json`; every figure comes from a run (seed 0, {samples} clean samples).
 
-- A model is called suspicious where its score is above 0.95. The score comes from the clean models of the part `calibrate` alone: no backdoored model has a part in it.
-- The models of the part `calibrate` were looked at while the scan was made; those of `held-out` were scanned when nothing was to be changed any more: other seeds, targets and
+- A model is called suspicious where its score is above {score:g}. The score comes from the clean models alone: no backdoored model has a part in it. Clean models are judged by a calibration that each is left out
+  of.
+- The models of the part `calibrate` were looked at while the scan was made; those of `held-out` have other seeds, targets and
   settings of the triggers ({other}). {moved}What each is, and how it is trained again: `recipes/{modality}/population.py`.
 - Intervals are 95 %, Wilson's of shares, Hanley and McNeil's of an AUROC.
 
@@ -37,7 +40,7 @@ def page(modality: str, cells: list[dict[str, Any]]) -> str:
         else ""
     )
     parts = [
-        HEAD.format(title=title, modality=modality, samples=samples, other=other, moved=moved),
+        HEAD.format(title=title, modality=modality, samples=samples, other=other, moved=moved, score=SCORE),
         rates(cells),
         by_trigger(cells),
         signals(cells),
@@ -65,43 +68,17 @@ def right_label(cell: Cell) -> bool:
 
 
 def rates(cells: list[dict[str, Any]]) -> str:
+    scores = left_out(cells)
     rows = []
     for part in ("calibrate", "held-out"):
-        found = judged(cells, part)
+        found = [c for c in cells if c["part"] == part]
         clean = [c for c in found if not c["backdoored"]]
-        single = [c for c in found if len(c["targets"]) == 1]
-        told = [c for c in single if c["verdict"]["suspicious"]]
-        rows.append(
-            [
-                part,
-                share(clean, lambda c: c["verdict"]["suspicious"]),
-                share(single, lambda c: c["verdict"]["suspicious"]),
-                share(told, right_label),
-                share([c for c in found if c["kind"] in ODD], lambda c: c["verdict"]["kind"] != "single-target"),
-            ]
-        )
-    heads = [
-        "part",
-        "clean models called suspicious",
-        "single-target backdoors found",
-        "right label, of those",
-        "others not called single-target",
-    ]
-    return "## Rates\n\n" + table(heads, rows) + left_out(cells)
-
-
-def left_out(cells: list[dict[str, Any]]) -> str:
-    """What each clean model of the calibration would be called if it had not been part of it."""
-    clean = [c for c in cells if not c["backdoored"] and c["part"] == "calibrate"]
-    if len(clean) < 4:
-        return ""
-    from hf_purify.calibration import Calibration
-
-    called = 0
-    for i, cell in enumerate(clean):
-        made = Calibration.fit([c["statistics"] for j, c in enumerate(clean) if j != i])
-        called += made.score(cell["statistics"]) > 0.95
-    return f"Each clean model of `calibrate` scored by a calibration without it: {Proportion(called, len(clean))} called suspicious.\n\n"
+        planted = [c for c in judged(found) if c["backdoored"]]
+        told = [c for c in planted if c["verdict"]["suspicious"]]
+        called = share(clean, lambda c: scores[c["name"]] > SCORE)
+        rows.append([part, called, share(planted, lambda c: c["verdict"]["suspicious"]), share(told, right_label)])
+    heads = ["part", "clean models called suspicious", "backdoors found", "right label, of those"]
+    return "## Rates\n\n" + table(heads, rows)
 
 
 def by_trigger(cells: list[dict[str, Any]]) -> str:
@@ -129,8 +106,8 @@ def by_trigger(cells: list[dict[str, Any]]) -> str:
 
 
 def signals(cells: list[dict[str, Any]]) -> str:
-    """How often each signal by itself finds a single-target backdoor, at a line that one clean model in twenty passes."""
-    clean = [c for c in cells if not c["backdoored"] and c["part"] == "calibrate"]
+    """How often each signal by itself finds a single-target backdoor, at the line that one clean model in ten passes."""
+    clean = [c for c in cells if not c["backdoored"]]
     single = [c for c in cells if len(c["targets"]) == 1]
     rows = []
     values: dict[str, Callable[[Cell], float]] = {
@@ -141,7 +118,7 @@ def signals(cells: list[dict[str, Any]]) -> str:
         values["classifier rows"] = lambda c: outlier(c["rows"])
     for name, value in values.items():
         null = Null.of([value(c) for c in clean])
-        line = null.value_at(0.05)
+        line = null.value_at(1 - SCORE)
         rows.append([name, f"{null.mean:.2f} ± {null.std:.2f}", f"{line:.2f}", share(single, lambda c, v=value, at=line: v(c) > at)])
     text = "`unlearned model` and `classifier rows` are shown by a scan and take no part in its verdict.\n\n"
     return "## Each signal by itself\n\n" + text + table(["signal", "on clean models", "line", "single-target backdoors beyond it"], rows)
@@ -190,7 +167,7 @@ def samples_table(cells: list[dict[str, Any]]) -> str:
 
 
 def details(cells: list[dict[str, Any]]) -> str:
-    rows = []
+    rows, scores = [], left_out(cells)
     for c in sorted(cells, key=lambda c: (c["part"], c["backdoored"], c["name"])):
         v = c["verdict"] or {}
         triggers = "; ".join(
@@ -201,8 +178,8 @@ def details(cells: list[dict[str, Any]]) -> str:
             [
                 c["name"],
                 c["part"],
-                ", ".join(map(str, c["targets"])) or ("each its next" if c["kind"] == "all-to-all" else "-"),
-                f"{v['score']:.3f}" if v else "not judged",
+                ", ".join(map(str, c["targets"])) or "-",
+                f"{scores.get(c['name'], v.get('score', math.nan)):.3f}",
                 (v.get("kind", "-") + (f": {', '.join(map(str, v['targets']))}" if v.get("targets") else "")) if v else "-",
                 v.get("by", "-") if v.get("suspicious") else "-",
                 triggers or "-",

