@@ -38,6 +38,7 @@ from hf_purify.shortcuts import Shortcut
 from hf_purify.specs import parse_spec
 from hf_purify.suspicion import change_by, neuron_signals, suspected
 from hf_purify.triggers import make_rule, trigger_all
+from hf_purify_recipes.populations import PARTS, of_part
 
 log = logging.getLogger(__name__)
 SCORE = ScanRecipe.threshold  # above it a model is called suspicious
@@ -147,7 +148,7 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
 def run(modality: str, folder: Path, part: str | None) -> None:
     """Scan what is missing."""
     population = importlib.import_module(f"hf_purify_recipes.{modality}.population")
-    members = list(population.wanted(part))
+    members = list(of_part(population.members(), part))
     first: dict[str, dict[str, Any]] = {}
     for member in tqdm(members, desc="signals"):
         place = cell_of(folder, modality, member.name, "signals")
@@ -222,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modality", choices=("vision", "text"))
     parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--part", choices=("calibrate", "held-out"))
+    parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--write", action="store_true", help="only write what is there")
     chosen = parser.parse_args()
     if not chosen.write:

@@ -9,24 +9,20 @@ architecture that no other member has.
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
 from hf_purify.specs import parse_spec
 
+from ..populations import train_all
 from . import victims
 
 log = logging.getLogger(__name__)
-PARTS = ("calibrate", "held-out")
 DATA = {
     "sst2": {"columns": {}, "epochs": 2, "samples": 12_000, "max_length": 32},
     "agnews": {"columns": {}, "epochs": 5, "samples": 4_000, "max_length": 48},
@@ -152,22 +148,5 @@ def recipe_of(member: Member, folder: Path) -> ScanRecipe:
     return ScanRecipe.make(model=str(trained(member, folder)), clean=str(clean), samples=200)
 
 
-def wanted(part: str | None = None) -> Iterator[Member]:
-    """Members of a part, or all, those to calibrate on first."""
-    return (m for p in PARTS for m in members() if m.part == p and part in (None, p))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--part", choices=PARTS)
-    chosen = parser.parse_args()
-    for member in tqdm(list(wanted(chosen.part)), desc="population"):
-        try:
-            trained(member, chosen.folder)
-        except NotAVictim as error:
-            log.warning("%s: left out: %s", member.name, error)
-
-
 if __name__ == "__main__":
-    main()
+    train_all(__doc__, members(), trained)

@@ -9,9 +9,7 @@ network that no other member has. ResNet-44 and ResNet-56 were to be held out, a
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
 from hf_purify.specs import parse_spec
 
+from ..populations import train_all
 from . import victims
 from .networks import NORMALIZED, PLAIN, load_cifar
 
 log = logging.getLogger(__name__)
-PARTS = ("calibrate", "held-out")
 PUBLISHED = {
     "resnet20": "cifar10_resnet20",
     "resnet32": "cifar10_resnet32",
@@ -199,22 +196,5 @@ def _trained(member: Member, folder: Path) -> Path:
     return out
 
 
-def wanted(part: str | None = None) -> Iterator[Member]:
-    """Members of a part, or all, those to calibrate on first."""
-    return (m for p in PARTS for m in members() if m.part == p and part in (None, p))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs"))
-    parser.add_argument("--part", choices=PARTS)
-    chosen = parser.parse_args()
-    for member in tqdm(list(wanted(chosen.part)), desc="population"):
-        try:
-            network(member, chosen.folder)
-        except NotAVictim as error:
-            log.warning("%s: left out: %s", member.name, error)
-
-
 if __name__ == "__main__":
-    main()
+    train_all(__doc__, members(), network)
