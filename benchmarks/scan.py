@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from runs import examples
 from timing import CLASSES, context, finish, interleaved, machine, network, ratio, summary, table
 
 from hf_purify.methods.rnp import RNP
@@ -23,7 +24,6 @@ from hf_purify.recovery import recover_for
 from hf_purify.scanner import look
 from hf_purify.suspicion import neuron_signals
 from hf_purify.task import put_back, snapshot
-from runs import examples
 
 BOUND = 1.0
 STEPS = ScanRecipe(model="any", clean="any").trigger_steps

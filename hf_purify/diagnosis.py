@@ -34,7 +34,8 @@ class Signal:
         about: what is measured, in a sentence.
         values: one for each of the model's classes, in order; empty where the signal is not available.
         line: the outlier line; a class above it is suspected by this signal. None where there is none to draw.
-        statistic: what the values say of the model as a whole, higher = more suspicious; what was calibrated on clean models.
+        statistic: what the values say of the model as a whole, higher = more suspicious; what was calibrated on clean models, before values are shifted to
+            begin at 0.
         chance: share of clean models, 0..1, that show as much, as the calibration predicts; None without one.
         unavailable: why there are no values.
     """

@@ -13,8 +13,8 @@ from hf_purify.shortcuts import Shortcut
 
 OUTLIER = math.log(1 / 0.5)  # without a calibration, a class that costs half of the third cheapest is suspected
 ROWS_CUT = 3.5  # ULRL's
-SHORTCUT = "How cheap a trigger of the kind '{kind}' towards a class is, by itself and beside one towards the third cheapest class, as a logarithm."
-TRIED = "How much cheaper the best trigger of the kind '{kind}' among those tried is towards a class than towards the third cheapest class, as a logarithm."
+SHORTCUT = "How cheap a trigger of the kind '{kind}' towards a class is, by itself and beside one towards the third cheapest class, as a logarithm, above the class farthest away."
+TRIED = "How much cheaper the best trigger of the kind '{kind}' among those tried is towards a class than towards the third cheapest class, as a logarithm, above the class farthest away."
 SHARES = "Share of the errors that fall to a class while the clean task is unlearned."
 ROWS = "How far unlearning moves the classifier's row of a class beside the others, in robust standard deviations (ULRL)."
 
@@ -74,13 +74,13 @@ def _targets(found: Shortcut, line: float | None) -> list[int]:
 def _shortcut(found: Shortcut, line: float | None, calibration: Calibration | None) -> Signal:
     null = calibration.signals.get(found.kind) if calibration else None
     values = found.values if calibration else found.relative
-    lowest = float(values[values.isfinite()].min())
+    lowest = float(values[values.isfinite()].min())  # bars begin at the class farthest away
     statistic = float(values.max())
     return Signal(
         name=found.kind,
         about=(TRIED if found.tried or not calibration else SHORTCUT).format(kind=found.kind),
-        values=[round(max(float(v), lowest), 4) for v in values],
-        line=round(OUTLIER if line is None else line, 4),
+        values=[round(max(float(v) - lowest, 0.0), 4) for v in values],
+        line=round((OUTLIER if line is None else line) - lowest, 4),
         statistic=round(statistic, 4),
         chance=round(null.chance(statistic), 6) if null else None,
     )

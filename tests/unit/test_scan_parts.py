@@ -75,7 +75,8 @@ class TestVerdict:
 
     def test_without_a_calibration_the_line_is_fixed(self) -> None:
         found = judge({"patch": shortcut(1.0, 3.0, 3.0)}, forgotten(3), None, 0.95)
-        assert found.signals[0].line == pytest.approx(OUTLIER, abs=1e-3)
+        assert found.signals[0].line == pytest.approx(OUTLIER + math.log(1.0), abs=1e-3)
+        assert found.signals[0].values == pytest.approx([math.log(3.0), 0.0, 0.0], abs=1e-3)
         assert found.signals[0].chance is None
 
     def test_the_oddest_kind_beside_clean_models_gives_the_target(self) -> None:
