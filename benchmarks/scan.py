@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/scan.py --output benchmarks/results/scan-cpu.json
 
-Random images, labelled with the network's own answers, as in runs.py; the stem of ImageNet on 32 pixels unless told otherwise. The scan is all of it: signals of every kind for
-ten classes, a trigger recovered for one of them as if it were suspected, and the neurons. Runs are taken in turns. Exits with 1 where the scan costs more than the
-repair.
+The network is trained for some epochs on the handwritten digits of the demo, so that there is a task to unlearn; the stem of ImageNet on 32 pixels unless told
+otherwise. The scan is all of it: signals of every kind for ten classes, a trigger recovered for one of them as if it were suspected, and the neurons. Runs are taken in turns.
+Exits with 1 where the scan costs more than the repair.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
-from runs import examples
 from timing import CLASSES, context, finish, interleaved, machine, network, ratio, summary, table
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from hf_purify.methods.rnp import RNP
 from hf_purify.recipe import ScanRecipe
@@ -24,9 +25,37 @@ from hf_purify.recovery import recover_for
 from hf_purify.scanner import look
 from hf_purify.suspicion import neuron_signals
 from hf_purify.task import put_back, snapshot
+from hf_purify_adapters.vision.demo import digits
+from hf_purify_adapters.vision.examples import ImageExamples
 
 BOUND = 1.0
+EPOCHS, BATCH = 6, 50
 STEPS = ScanRecipe(model="any", clean="any").trigger_steps
+
+
+def examples(count: int) -> tuple[ImageExamples, ImageExamples]:
+    """Digits to learn from and to judge on."""
+    rows = digits()[0].select(range(count))
+    raws = [pil_to_tensor(image) for image in rows["image"]]
+    labels, cut = torch.tensor(rows["label"]), count * 4 // 5
+
+    def prepare(images: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(images).float() / 127.5 - 1
+
+    return ImageExamples(raws[:cut], labels[:cut], prepare), ImageExamples(raws[cut:], labels[cut:], prepare)
+
+
+def fit(model: nn.Module, data: ImageExamples) -> None:
+    """Train the network on the digits."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    model.train()
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(data)).split(BATCH):
+            batch = data.batch(rows)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+            optimizer.step()
+    model.eval().requires_grad_(True)
 
 
 def main() -> int:
@@ -38,7 +67,8 @@ def main() -> int:
     given = parser.parse_args()
     torch.manual_seed(0)
     model, device = network(given.stem), torch.device("cpu")
-    data, held_out = examples(model, given.images)
+    data, held_out = examples(given.images)
+    fit(model, data)
     ctx = context(model, torch.randn(2, 3, 32, 32), CLASSES, data, held_out)
     start = copy.deepcopy(snapshot(model))
     seconds: dict[str, float] = {}
