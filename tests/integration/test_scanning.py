@@ -12,7 +12,7 @@ import torch
 from commands import run
 from shrunk import RESNET
 
-from hf_purify import PurifyError, implant, purify, scan
+from hf_purify import PurifyError, implant, purify, scan, shortcuts
 from hf_purify.diagnosis import Diagnosis, read_diagnosis
 from hf_purify.errors import ConfigError, DataError, IndexMismatch
 from hf_purify.registry import find, find_trigger
@@ -29,6 +29,12 @@ def innocent(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {"epochs": 7, "batch_size": 32, "rate": 0.0, "lr": 0.05, "augmentation": "none"}
     implant("resnet18", data[0], TRIGGER, create=True, model_options=RESNET, test=data[1], output=str(out), device="cpu", **settings)
     return out
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of two steps, where its outcome does not matter."""
+    monkeypatch.setattr(shortcuts, "STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,7 @@ def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_
     assert found.kind != "single-target"
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_scan_changes_nothing_of_the_model(victim: Path, data: Splits) -> None:
     import timm
 
@@ -163,6 +170,7 @@ def test_methods_that_use_a_scan(victim: Path, data: Splits, scanned: Path, meth
         assert "fc[0]" in report.after.notes["suspicious"]
 
 
+@pytest.mark.usefixtures("quick")
 class TestBadInput:
     """What was expected, what came, what to do."""
 
@@ -247,6 +255,7 @@ class TestBadInput:
             scan(tiny.loaded, tiny.data, adapter=name, device="cpu")
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["pointcloud", "video"])
 def test_modalities_without_a_calibration_go_by_a_line_and_say_so(name: str) -> None:
     adapter = find("adapter", name)()
