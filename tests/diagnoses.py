@@ -102,6 +102,7 @@ def make_diagnosis(kind: str = "single-target", text: bool = False, hostile: str
         task="text-classification" if text else "image-classification",
         suspicious=found,
         score=math.nan if kind == "unjudged" else 0.996 if found else 0.42,
+        threshold=0.95,
         kind="none" if kind == "unjudged" else kind,
         targets=targets,
         labels=[f"{c}{hostile}" for c in CLASSES],

@@ -15,7 +15,7 @@ INTRO = (
     "Look for a backdoor in a model, repair it with a few clean samples, and compare. Weights are read from Safetensors only; "
     "no code of a model is run."
 )
-METHOD = "nft"
+METHOD = "neural_cleanse"
 RULES = ["all-to-one", "all-to-all", "clean-label"]
 
 

@@ -309,7 +309,7 @@ def test_ctrl_c_ends_with_130_and_no_partial_output(
 def test_ctrl_c_while_writing_leaves_nothing(checkpoint: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_purify.report import Report
 
-    def interrupted(self: Report, folder: Path) -> None:
+    def interrupted(self: Report, folder: Path, *_: object) -> None:
         assert list(Path(folder).glob("*.safetensors")), "the checkpoint is written already"
         raise KeyboardInterrupt
 

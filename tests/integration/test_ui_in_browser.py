@@ -23,7 +23,6 @@ import datasets
 import psutil
 import pytest
 import timm
-from commands import run
 from safetensors.torch import load_file
 
 from hf_purify_adapters.vision.demo import TRIGGER
@@ -312,16 +311,17 @@ def test_who_is_let_in(server: Server) -> None:
 
 
 def test_scan_repair_and_scan_again(page: Any, server: Server, victim: Path, stored: Path) -> None:
-    if not re.search(r"^\W*scan\b", run("--help").stdout, re.MULTILINE):
-        pytest.skip("needs the command hf-purify scan")
     fill(page, victim, stored / "parquet" / "train.parquet", 100)
     press(page, "Scan")
     says(page, r"^Scan: done", 120)
     found = json.loads((server.folder / "scan" / "scan.json").read_text("utf-8"))
     assert found["suspicious"]
     assert page.frame_locator("iframe[title='What the scan found']").locator("h1").is_visible()
-    tab(page, "Repair")
+    choose(page, "nft")
     page.get_by_role("checkbox", name="Begin with what the scan found").check()
+    press(page, "Repair")
+    says(page, "nft makes no use of a scan", 120)
+    choose(page, "rnp", "recover_epochs=2")
     press(page, "Repair")
     says(page, "^Repair: done", 120)
     tab(page, "Compare")

@@ -109,7 +109,8 @@ class TestScreen:
     def test_bar_of_tqdm(self) -> None:
         """As the installed tqdm draws it on a terminal."""
         code = "import sys, tqdm\nbar = tqdm.tqdm(total=8, desc='read it', file=sys.stderr, ascii=False)\nbar.update(2); bar.refresh()\nimport os; os._exit(0)"
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr
+        env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}  # which commands with --json set
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=env).stderr
         shown = screen.Screen()
         shown.feed(said)
         assert shown.bar is not None
