@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_purify.errors import ConfigError, OutputError
-from hf_purify.files import replace_text
-from hf_purify.plain import checked, decoded, encoded, plain
-from hf_purify.report import STEERING
+from hf_purify.errors import ConfigError
+from hf_purify.files import write_texts
+from hf_purify.plain import as_json, checked, decoded, encoded, plain
 from hf_purify.rows import read_proportion
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = "hf-purify-scan/1"
 FILE = "scan.json"
-KINDS = ("none", "single-target", "multi-target", "all-to-all", "unknown")
+KINDS = ("none", "single-target", "multi-target")
 
 
 @dataclass
@@ -147,8 +145,8 @@ class Diagnosis:
         score: 0..1; one less the share of clean models that would look as suspicious, as the calibration predicts. NaN where scans of the
             modality are not calibrated.
         threshold: scores above it are suspicious.
-        kind: `none`, `single-target`, `multi-target`, `all-to-all`, or `unknown` where something is odd but no label stands out.
-        targets: the classes that a backdoor seems to lead to; empty for `none`, `all-to-all` and `unknown`.
+        kind: `none`, `single-target` or `multi-target`.
+        targets: the classes that a backdoor seems to lead to; empty for `none`.
         labels: names of all classes, in order.
         signals: what was looked at; those that this model or modality does not have are there, too, and say why.
         layers: one entry a neuron group, from input to output.
@@ -217,8 +215,7 @@ class Diagnosis:
         return _plain(self, pixels)
 
     def to_json(self, pixels: bool = False) -> str:
-        text = json.dumps(self.to_dict(pixels), indent=1, ensure_ascii=False, allow_nan=False)
-        return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+        return as_json(self.to_dict(pixels))
 
     @classmethod
     def from_dict(cls, data: Any) -> Diagnosis:
@@ -227,9 +224,7 @@ class Diagnosis:
         Raises:
             ConfigError: another format, an unknown or missing key, or a value of the wrong type.
         """
-        if isinstance(data, Mapping) and data.get("format") != FORMAT:
-            raise ConfigError(f"scan: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
-        values = checked(cls, data, "scan")
+        values = checked(cls, data, "scan", FORMAT)
         if values.get("score") is None:
             values["score"] = float("nan")
         if values.get("kind", "none") not in KINDS:
@@ -266,15 +261,8 @@ class Diagnosis:
         Raises:
             OutputError: the folder cannot be written.
         """
-        folder = Path(folder)
         texts = {FILE: self.to_json(pixels=True), "report.html": self.to_html()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in texts.items():
-                replace_text(folder / name, text)
-        except OSError as error:
-            raise OutputError(f"cannot write the scan to '{folder}': {error}; name another folder") from error
-        return folder
+        return write_texts(Path(folder), texts, "scan")
 
 
 def read_diagnosis(path: str | Path) -> Diagnosis:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from hf_purify.errors import OutputError
 
 
 @contextmanager
@@ -17,6 +19,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str], what: str) -> Path:
+    """Write files into a folder, which is made; each replaces its predecessor whole or not at all. Returns the folder.
+
+    Raises:
+        OutputError: it cannot be written; `what` was to be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            replace_text(folder / name, text)
+    except OSError as error:
+        raise OutputError(f"cannot write the {what} to '{folder}': {error}; name another folder") from error
+    return folder
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -20,8 +20,6 @@ KINDS = {
     "none": "none",
     "single-target": "one class is the target",
     "multi-target": "several classes are targets",
-    "all-to-all": "each class leads to another one",
-    "unknown": "something is odd, but no class stands out",
 }
 
 
@@ -50,9 +48,8 @@ def verdict(found: Diagnosis) -> str:
             else "No class stands out, by a fixed rule, with no score: this says little."
         )
     names = _named(f"'{short(found.name_of(t), NAME)}'" for t in found.targets)
-    what = {"single-target": f"towards the class {names}", "multi-target": f"towards the classes {names}"} if names else {}
-    what["all-to-all"] = "that leads each class to another one"
-    return f"Suspicious of a backdoor {what.get(found.kind, 'whose target is not clear')}: {of}."
+    where = f"towards the class{'es' if len(found.targets) > 1 else ''} {names}" if names else "whose target is not clear"
+    return f"Suspicious of a backdoor {where}: {of}."
 
 
 def outcome(found: Diagnosis) -> str:

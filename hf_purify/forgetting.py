@@ -43,12 +43,10 @@ class Forgotten:
         return wrong / wrong.sum().clamp(min=1)
 
 
-def forget(ctx: Context, lr: float) -> Forgotten:
-    """Unlearn the clean task a little, and leave the model as it was.
-
-    Args:
-        lr: first rate; it controls itself.
-    """
+def forget(ctx: Context) -> Forgotten:
+    """Unlearn the clean task a little, and leave the model as it was."""
+    norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
+    lr = 0.003 if norms else 5e-4  # to begin with; it controls itself
     start = ctx.accuracy()
     original = snapshot(ctx.model)
     try:

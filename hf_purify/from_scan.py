@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_purify.diagnosis import Diagnosis, read_diagnosis
-from hf_purify.errors import ConfigError, IndexMismatch
+from hf_purify.errors import ConfigError, IndexMismatch, shown
 from hf_purify.method import Context, Finding, Method
 from hf_purify.neurons import NeuronIndex
 from hf_purify.registry import find, names
@@ -41,7 +41,12 @@ def read_finding(path: str, context: Context, method: Method) -> Finding:
         raise ConfigError(
             f"the scan in '{path}' found nothing to begin with ({found.verdict}): leave from_scan (--from-scan) out to repair the model all the same"
         )
-    return Finding(tuple(found.targets), found.triggers[0].kind, _flags(found, context.index))
+    kind, kinds = found.triggers[0].kind, context.adapter.stand_ins(context.model)
+    if kind not in kinds or not all(0 <= target < context.classes for target in found.targets):
+        raise IndexMismatch(
+            f"the scan in '{path}' names {shown(kind)} towards {found.targets}, and this model has {context.classes} classes and triggers of the kinds {', '.join(kinds)}"
+        )
+    return Finding(tuple(found.targets), kind, _flags(found, context.index))
 
 
 def _flags(found: Diagnosis, index: NeuronIndex) -> torch.Tensor:

@@ -47,7 +47,7 @@ def judge(shortcuts: dict[str, Shortcut], forgotten: Forgotten, calibration: Cal
     if calibration:
         score = calibration.score(statistics)
         suspicious = score > threshold
-        odd = {kind: calibration.signals[kind].z(value) for kind, value in statistics.items() if kind in calibration.signals}
+        odd = {kind: calibration.signals[kind].z(value) if kind in calibration.signals else -math.inf for kind, value in statistics.items()}
     else:
         score = math.nan
         odd = {kind: float(found.relative.max()) for kind, found in shortcuts.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,6 +17,9 @@ from hf_purify.redaction import redacted
 
 if TYPE_CHECKING:
     import numpy as np
+
+# What a terminal or an editor obeys, and JSON may hold as it is: controls beyond ASCII, marks of direction, lone surrogates.
+STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 def unique_keys(refuse: Callable[[str], Exception]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
@@ -29,10 +34,22 @@ def unique_keys(refuse: Callable[[str], Exception]) -> Callable[[list[tuple[str,
     return unique
 
 
-def checked(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """Return a mapping's entries if they are fields of a dataclass and of the right plain types, else raise `ConfigError`."""
+def as_json(values: Any) -> str:
+    """What `plain` gave, as JSON that steers no terminal."""
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def checked(cls: type, data: Any, where: str, version: str | None = None) -> dict[str, Any]:
+    """Return a mapping's entries if they are fields of a dataclass and of the right plain types, else raise `ConfigError`.
+
+    Args:
+        version: what its entry `format` must be, where it has one.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}")
+    if version is not None and data.get("format") != version:
+        raise ConfigError(f"{where}: expected format '{version}', got {data.get('format')!r}; was it written by another version?")
     known = {f.name: f for f in fields(cls)}
     for key in data:
         if key not in known:
@@ -47,6 +64,10 @@ def checked(cls: type, data: Any, where: str) -> dict[str, Any]:
         nullable = kind == "float"  # NaN is written as null
         if kind in kinds and not (isinstance(data[key], kinds[kind]) or (nullable and data[key] is None)):
             raise ConfigError(f"{where}.{key}: expected {f.type}, got {type(data[key]).__name__}")
+        inner = str(f.type).removeprefix("list[").removesuffix("]").partition("[")[0] if kind == "list" else ""
+        for item in data[key] if inner in kinds else ():
+            if not (isinstance(item, kinds[inner]) or (inner == "float" and item is None)):
+                raise ConfigError(f"{where}.{key}: expected {f.type}, got {type(item).__name__} in it")
     return dict(data)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,9 +74,7 @@ class Provenance:
             ConfigError: another format, unknown or missing keys, or values of the wrong type.
             UnsafeCheckpoint: it names files outside its folder.
         """
-        if isinstance(data, Mapping) and data.get("format") != FORMAT:
-            raise ConfigError(f"{FILE}: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
-        found = cls(**checked(cls, data, FILE))
+        found = cls(**checked(cls, data, FILE, FORMAT))
         if found.kind not in KINDS:
             raise ConfigError(f"{FILE}: kind must be one of {', '.join(KINDS)}, got '{found.kind}'")
         _check_files(found.files, "files")

@@ -6,7 +6,6 @@ Here are the figures; `plain` is their way into JSON and back, `rendering` makes
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_purify import rendering
-from hf_purify.errors import ConfigError, ModelError, OutputError
-from hf_purify.files import replace_text
-from hf_purify.plain import checked, decoded, encoded, plain
+from hf_purify.errors import ConfigError, ModelError
+from hf_purify.files import write_texts
+from hf_purify.plain import as_json, checked, decoded, encoded, plain
 from hf_purify.rows import Row
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ FORMAT = "hf-purify-report/1"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 REMOVED = 0.01
 BINS = 256
-# What a terminal or an editor obeys, and JSON may hold as it is: controls beyond ASCII, marks of direction, lone surrogates.
-STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 @dataclass
@@ -164,8 +161,7 @@ class Report:
         return {f.name: samples if f.name == "samples" else plain(getattr(self, f.name)) for f in fields(self)}
 
     def to_json(self, pixels: bool = False) -> str:
-        text = json.dumps(self.to_dict(pixels), indent=1, ensure_ascii=False, allow_nan=False)
-        return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+        return as_json(self.to_dict(pixels))
 
     @classmethod
     def from_dict(cls, data: Any) -> Report:
@@ -174,9 +170,7 @@ class Report:
         Raises:
             ConfigError: another format, an unknown or missing key, or a value of the wrong type.
         """
-        if isinstance(data, Mapping) and data.get("format") != FORMAT:
-            raise ConfigError(f"report: expected format '{FORMAT}', got {data.get('format')!r}; was it written by another version?")
-        values = checked(cls, data, "report")
+        values = checked(cls, data, "report", FORMAT)
         for key, part in (("rows", Row.from_dict), ("samples", Sample.from_dict), ("layers", _layer)):
             values[key] = [part(item, f"{key}[{i}]") for i, item in enumerate(values.get(key, []))]
         return cls(**values)
@@ -272,15 +266,8 @@ class Report:
         Raises:
             OutputError: the folder cannot be written.
         """
-        folder = Path(folder)
         texts = {"report.json": self.to_json(), "report.html": rendering.page(self, pictures)}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in texts.items():
-                replace_text(folder / name, text)
-        except OSError as error:
-            raise OutputError(f"cannot write the report to '{folder}': {error}; name another folder") from error
-        return folder
+        return write_texts(Path(folder), texts, "report")
 
 
 def read_report(folder: Path) -> Report:

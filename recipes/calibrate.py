@@ -93,8 +93,7 @@ def shortcuts_of(cell: Mapping[str, Any]) -> dict[str, Shortcut]:
 def verdict_cell(population: Any, member: Any, folder: Path, first: Mapping[str, Any], calibration: Calibration) -> dict[str, Any]:
     """The second pass: the verdict, the recovered trigger, and, where the trigger is known, neurons and samples beside it."""
     session, _, ctx = open_scan(population.recipe_of(member, folder))
-    norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
-    forgotten = forget(ctx, lr=0.003 if norms else 5e-4)
+    forgotten = forget(ctx)
     judged = judge(shortcuts_of(first), forgotten, calibration, SCORE)
     cell: dict[str, Any] = {
         "suspicious": judged.suspicious,
@@ -129,8 +128,7 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
         return {k: v.to(ctx.device) for k, v in view.batch(torch.arange(len(batch["labels"]))).items()}
 
     cell: dict[str, Any] = {"auroc": area, "interval": interval, "suspects": [len(planted), len(test)]}
-    same = place({"labels": ctx.data.labels[:2]}).keys() == ctx.data.batch(torch.arange(2)).keys()
-    if session.adapter.name != "text" and same:  # a text with a trigger is longer: no activation of the one stands beside that of the other
+    if session.adapter.name != "text":  # a text with a trigger is longer: no activation of the one stands beside that of the other
         real = index.standardize(change_by(ctx, index, place))
         wanted = suspected(index, real)
         cell["neurons"] = {

@@ -5,15 +5,56 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from hf_purify.errors import NotAVictim
+from hf_purify.specs import parse_spec
 
 log = logging.getLogger(__name__)
 PARTS = ("calibrate", "held-out")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a population.
+
+    Args:
+        network: what it is.
+        triggers: as `implant` takes them, one at most; none of a clean model.
+        target: of the attack.
+        seed: of the training.
+        part: `calibrate` or `held-out`.
+    """
+
+    network: str
+    triggers: tuple[str, ...] = ()
+    target: int = 0
+    seed: int | None = 0
+    part: str = PARTS[0]
+
+    @property
+    def backdoored(self) -> bool:
+        return bool(self.triggers)
+
+    @property
+    def kind(self) -> str:
+        """`clean`, or the name of the trigger."""
+        return parse_spec(self.triggers[0])[0] if self.triggers else "clean"
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The classes that triggers lead to."""
+        return (self.target,) if self.triggers else ()
+
+    @property
+    def about(self) -> str:
+        """Backdoor and seed, for a name."""
+        planted = f"{self.kind}-t{self.target}" if self.triggers else self.kind
+        return f"{planted}-{'published' if self.seed is None else f's{self.seed}'}"
 
 
 def of_part(members: Iterable[Any], part: str | None = None) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import typer
 
 from hf_purify.cli.options import given_settings, with_shared
 from hf_purify.cli.terminal import errors, quiet
+from hf_purify.errors import ConfigError
 from hf_purify.redaction import lines, one_line
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def scan(
     arguments.pop("as_sarif")
     with errors():
         quiet(as_json or as_sarif)
+        if as_json and as_sarif:
+            raise ConfigError("--json and --sarif both take the terminal for themselves: choose one; -o writes the JSON as well")
         from hf_purify.recipe import ScanRecipe
         from hf_purify.scanner import run_scan
 

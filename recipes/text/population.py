@@ -17,9 +17,8 @@ from typing import Any
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
-from hf_purify.specs import parse_spec
 
-from ..populations import train_all
+from .. import populations
 from . import victims
 
 log = logging.getLogger(__name__)
@@ -35,42 +34,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Member:
-    """One classifier.
+class Member(populations.Member):
+    """One classifier; `network` is the type of the model in transformers, a key of `SHAPES`.
 
     Args:
-        network: type of the model in transformers, a key of `SHAPES`.
         data: `sst2` or `agnews`.
-        triggers: as `implant` takes them, one at most; none of a clean model.
-        target: of the attack.
-        seed: of the training.
-        part: `calibrate` or `held-out`.
     """
 
-    network: str
-    data: str
-    triggers: tuple[str, ...] = ()
-    target: int = 0
-    seed: int = 0
-    part: str = "calibrate"
+    data: str = "sst2"
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.data}-{self.kind}{f'-t{self.target}' if self.triggers else ''}-s{self.seed}"
-
-    @property
-    def backdoored(self) -> bool:
-        return bool(self.triggers)
-
-    @property
-    def kind(self) -> str:
-        """`clean`, or the name of the trigger."""
-        return parse_spec(self.triggers[0])[0] if self.triggers else "clean"
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """The classes that triggers lead to."""
-        return (self.target,) if self.triggers else ()
+        return f"{self.network}-{self.data}-{self.about}"
 
     @property
     def dataset(self) -> Path:
@@ -91,20 +66,16 @@ def members() -> list[Member]:
     held: dict[str, Any] = {"part": "held-out"}
     known = victims.CLASSIFIER_TRIGGERS
     clean = [
-        *(Member("bert", "sst2", seed=s) for s in (1, 2)),
-        *(Member("bert", "agnews", seed=s) for s in (1, 2)),
-        *(Member("bert", d, seed=7, **held) for d in DATA),
-        Member("electra", "sst2", seed=7, **held),
+        *(Member("bert", data=d, seed=s) for d in DATA for s in (1, 2)),
+        *(Member("bert", data=d, seed=7, **held) for d in DATA),
+        Member("electra", seed=7, **held),
     ]
     planted = [
-        *(Member("bert", "sst2", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("addsent", 1), ("homoglyph", 0))),
-        *(Member("bert", "agnews", (known[t],), target=k, seed=1) for t, k in (("badnets", 0), ("hidden_killer", 2), ("style", 3))),
-        *(
-            Member("bert", "sst2", (OTHER[t],), target=k, seed=7, **held)
-            for t, k in (("badnets", 1), ("hidden_killer", 0), ("homoglyph", 1))
-        ),
-        *(Member("bert", "agnews", (OTHER[t],), target=k, seed=7, **held) for t, k in (("badnets", 3), ("addsent", 0))),
-        Member("electra", "sst2", (OTHER["addsent"],), target=0, seed=7, **held),
+        *(Member("bert", (known[t],), k, 1) for t, k in (("badnets", 0), ("addsent", 1), ("homoglyph", 0))),
+        *(Member("bert", (known[t],), k, 1, data="agnews") for t, k in (("badnets", 0), ("hidden_killer", 2), ("style", 3))),
+        *(Member("bert", (OTHER[t],), k, 7, **held) for t, k in (("badnets", 1), ("hidden_killer", 0), ("homoglyph", 1))),
+        *(Member("bert", (OTHER[t],), k, 7, data="agnews", **held) for t, k in (("badnets", 3), ("addsent", 0))),
+        Member("electra", (OTHER["addsent"],), 0, 7, **held),
     ]
     return planted + clean
 
@@ -149,4 +120,4 @@ def recipe_of(member: Member, folder: Path) -> ScanRecipe:
 
 
 if __name__ == "__main__":
-    train_all(__doc__, members(), trained)
+    populations.train_all(__doc__, members(), trained)

@@ -21,9 +21,8 @@ from torch import nn
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
-from hf_purify.specs import parse_spec
 
-from ..populations import train_all
+from .. import populations
 from . import victims
 from .networks import NORMALIZED, PLAIN, load_cifar
 
@@ -36,52 +35,28 @@ PUBLISHED = {
     "wrn16_1": "cifar10_wrn16_1_nad_teacher",
 }
 FOREIGN = "backdoored_cifar10_wrn16_1_grid_target5"
-FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none", "samples": 8_000}
+FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none"}
 SCRATCH: dict[str, Any] = {"epochs": 5, "lr": 0.1, "batch_size": 128}
 SCRATCHED = "timm_resnet"  # trained from random weights
 
 
 @dataclass(frozen=True)
-class Member:
+class Member(populations.Member):
     """One network.
 
     Args:
-        network: a key of `PUBLISHED`, or `timm_resnet`.
-        triggers: as `implant` takes them, one at most; none of a clean network.
-        target: of the attack.
-        seed: of the training; a published network without one is taken as it is.
-        part: `calibrate` or `held-out`.
+        network: a key of `PUBLISHED`, or `timm_resnet`. A published one without a seed is taken as it is.
         foreign: published with its backdoor by others.
+        samples, rate: of the fine-tuning; the first members of `calibrate` were trained before the rest was settled.
     """
 
-    network: str
-    triggers: tuple[str, ...] = ()
-    target: int = 0
-    seed: int | None = 0
-    part: str = "calibrate"
     foreign: bool = False
+    samples: int = 8_000
+    rate: float = 0.15
 
     @property
     def name(self) -> str:
-        if self.foreign:
-            return f"{self.network}-grid-foreign"
-        planted = self.kind
-        kind = f"-t{self.target}" if self.triggers else ""
-        return f"{self.network}-{planted}{kind}-{'published' if self.seed is None else f's{self.seed}'}"
-
-    @property
-    def backdoored(self) -> bool:
-        return bool(self.triggers)
-
-    @property
-    def kind(self) -> str:
-        """`clean`, or the name of the trigger."""
-        return parse_spec(self.triggers[0])[0] if self.triggers else "clean"
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """The classes that triggers lead to."""
-        return (self.target,) if self.triggers else ()
+        return f"{self.network}-grid-foreign" if self.foreign else f"{self.network}-{self.about}"
 
     @property
     def dataset(self) -> Path:
@@ -109,14 +84,15 @@ def members() -> list[Member]:
     grid, blended, sig, trojan, wanet, bpp = (T[n] for n in ("badnets", "blended", "sig", "trojan", "wanet", "bpp"))
     clean = [
         *(Member(n, seed=None) for n in ("resnet20", "resnet32", "resnet44", "resnet56", "wrn16_1")),
-        *(Member(n, seed=s) for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))),
         *(
-            Member(n, seed=s, **held)
-            for n, s in (("wrn16_1", 7), ("resnet20", 7), ("timm_resnet", 0), ("timm_resnet", 7), ("resnet32", 7), ("wrn16_1", 8))
+            Member(n, seed=s, samples=10_000)
+            for n, s in (("resnet20", 1), ("resnet20", 2), ("resnet32", 1), ("wrn16_1", 1), ("wrn16_1", 2))
         ),
+        *(Member(n, seed=s, **held) for n, s in (("wrn16_1", 7), ("resnet20", 7), ("timm_resnet", 0), ("timm_resnet", 7))),
     ]
     planted = [
-        *(Member("resnet20", (t,), target=k) for t, k in ((grid, 0), (blended, 1), (sig, 2), (wanet, 4))),
+        *(Member("resnet20", (t,), target=k, samples=10_000, rate=0.1) for t, k in ((grid, 0), (blended, 1))),
+        *(Member("resnet20", (t,), target=k) for t, k in ((sig, 2), (wanet, 4))),
         *(Member("wrn16_1", (t,), target=k) for t, k in ((trojan, 3), (bpp, 6), (blended, 2))),
         Member("wrn16_1", (grid,), target=5, seed=None, foreign=True, **held),
         *(
@@ -170,7 +146,7 @@ def _trained(member: Member, folder: Path) -> Path:
         return out
     torch.manual_seed(member.seed or 0)
     model = _empty(member)
-    settings = FINE_TUNE
+    settings = FINE_TUNE | {"samples": member.samples}
     if member.network == SCRATCHED and not member.triggers:
         settings = SCRATCH
     elif member.network == SCRATCHED:
@@ -185,7 +161,7 @@ def _trained(member: Member, folder: Path) -> Path:
         "precision": "bf16",
         "channels_last": True,
         "target": member.target,
-        "rate": 0.15 if member.triggers else 0.0,
+        "rate": member.rate if member.triggers else 0.0,
         "labels": victims.CIFAR_CLASSES,
     }
     try:
@@ -197,4 +173,4 @@ def _trained(member: Member, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    train_all(__doc__, members(), network)
+    populations.train_all(__doc__, members(), network)

@@ -117,8 +117,6 @@ class TestWords:
             ({"kind": "multi-target", "targets": [5, 7]}, "towards the classes 'dog' and 'horse': an"),
             ({"kind": "multi-target", "targets": [0, 5, 99]}, "towards the classes 'airplane', 'dog' and '99': an"),
             ({"kind": "multi-target", "targets": list(range(10))}, "'bird', 'cat', 'deer' and 5 more: an"),
-            ({"kind": "all-to-all", "targets": []}, "a backdoor that leads each class to another one: an"),
-            ({"kind": "unknown", "targets": []}, "a backdoor whose target is not clear: an"),
             ({"kind": "single-target", "targets": []}, "a backdoor whose target is not clear: an"),
             ({"score": 1.0}, "an estimated under 0.1 % of clean models"),
             ({"score": math.nan}, "Suspicious of a backdoor towards the class 'dog': by a fixed rule, with no score."),
@@ -151,7 +149,7 @@ class TestWords:
         assert re.findall("### (.*)", said) == ["Signals"]
 
     def test_classes_above_a_line_are_named_where_there_is_no_target(self) -> None:
-        said = changed(make_diagnosis(), kind="unknown", targets=[]).to_markdown()
+        said = changed(make_diagnosis(), targets=[]).to_markdown()
         assert "| Class | Signals above their outlier line |" in said
         assert "| dog | patch 4.1 (line 2.1) |" in said
 
@@ -227,7 +225,7 @@ class TestPage:
             ("none", "No trigger was recovered."),
             ("none", "No backdoor was found"),
             ("unjudged", "not calibrated, so there is no score"),
-            ("all-to-all", "each class leads to another one"),
+            ("multi-target", "several classes are targets"),
         ],
     )
     def test_of_every_outcome(self, kind: str, part: str) -> None:

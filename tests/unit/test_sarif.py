@@ -98,8 +98,6 @@ def counts(found: Diagnosis) -> dict[str, int]:
         ("none", {}),
         ("single-target", {"backdoor": 1, "recovered-trigger": 1, "suspicious-neurons": 12, "suspicious-sample": LISTED}),
         ("multi-target", {"backdoor": 1, "recovered-trigger": 2, "suspicious-neurons": 12, "suspicious-sample": LISTED}),
-        ("all-to-all", {"backdoor": 1, "suspicious-neurons": 12, "suspicious-sample": LISTED}),
-        ("unknown", {"backdoor": 1, "suspicious-neurons": 12, "suspicious-sample": LISTED}),
         ("unjudged", {"unjudged": 1}),
     ],
 )

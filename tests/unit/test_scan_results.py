@@ -49,6 +49,16 @@ def test_members_have_names_and_triggers_of_their_own(modality: str) -> None:
 
 
 @both
+@pytest.mark.usefixtures("data")
+def test_every_member_was_scanned_and_nothing_else(modality: str) -> None:
+    members = {m.name: m for m in importlib.import_module(f"hf_purify_recipes.{modality}.population").members()}
+    found = {c["name"]: c for c in cells(modality)}
+    assert found.keys() == members.keys()
+    for name, member in members.items():
+        assert (found[name]["kind"], found[name]["targets"], found[name]["part"]) == (member.kind, list(member.targets), member.part)
+
+
+@both
 def test_the_calibration_is_what_the_scans_make(modality: str) -> None:
     made = calibrate.fit(cells(modality))
     kept = find("adapter", modality)().calibration()
