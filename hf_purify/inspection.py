@@ -11,16 +11,15 @@ from torch import Tensor
 
 from hf_purify.adapter import Examples, Loaded
 from hf_purify.diagnosis import Shown, SuspectLayer, Suspects
-from hf_purify.forgetting import Forgotten
 from hf_purify.method import Context
 from hf_purify.neurons import NeuronIndex
-from hf_purify.ranking import ABOUT, auroc, suspicion
+from hf_purify.ranking import Ranker, auroc
 from hf_purify.report import QUANTILES
 from hf_purify.salience import mad_scores
 from hf_purify.task import reading
 
 TOP = 8  # samples that are shown
-ODD = 6.0  # MAD score from which a clean sample looks as if it carried a trigger
+ODD = 3.0  # MAD score among clean samples of its class, from which one looks as if it carried a trigger
 RIGHT = 0.7  # share of clean samples that a model of its own data gets right at least, as a rule
 
 
@@ -46,32 +45,32 @@ def look_at_clean(ctx: Context, clean: Examples, classes: int, names: Sequence[s
     return found
 
 
-def odd_samples(ctx: Context, forgotten: Forgotten, clean: Examples, targets: Sequence[int]) -> list[str]:
+def odd_samples(ctx: Context, ranker: Ranker) -> list[str]:
     """A warning where some of the clean samples look as if they carried the trigger themselves."""
-    if not targets:
-        return []
-    scores = suspicion(ctx, forgotten, clean, targets)
-    odd = int((mad_scores(scores) > ODD).sum())
+    scores = torch.cat([ranker.within(), ranker(ctx.judged)])
+    labels = torch.cat([ctx.data.labels, ctx.judged.labels])
+    odd = 0
+    for k in ranker.targets if ranker.triggered else ():  # planted samples have the attacker's label, and are few beside its genuine ones
+        own = scores[labels == k]
+        odd += int(((own > 0) & (mad_scores(own) > ODD)).sum()) if len(own) else 0
     if not odd:
         return []
     return [
-        f"{odd} of the {len(clean)} clean samples look as if they carried the trigger: a clean set that is poisoned teaches a repair what it should remove. "
-        "Rank them with suspects=... (--suspects) and leave the first ones out"
+        f"{odd} of the {len(scores)} clean samples look as if they carried the trigger: a clean set that is poisoned teaches a repair what it should remove. "
+        "Rank them with suspects=... (--suspects) and look at the first ones"
     ]
 
 
-def rank_suspects(
-    ctx: Context, loaded: Loaded, forgotten: Forgotten, samples: Examples, targets: Sequence[int], source: str, poisoned: Tensor | None
-) -> Suspects:
+def rank_suspects(ctx: Context, loaded: Loaded, ranker: Ranker, samples: Examples, source: str, poisoned: Tensor | None) -> Suspects:
     """All samples by suspicion, the first ones to look at."""
-    scores = suspicion(ctx, forgotten, samples, targets)
+    scores = ranker(samples)
     order = scores.argsort(descending=True, stable=True)
     area, interval = auroc(scores, poisoned) if poisoned is not None else (math.nan, [])
     return Suspects(
         source=source,
         scores=[round(float(s), 5) for s in scores],
         order=order.tolist(),
-        about=ABOUT,
+        about=ranker.about,
         auroc=None if math.isnan(area) else round(area, 5),
         interval=[round(x, 5) for x in interval],
         poisoned=None if poisoned is None else int(poisoned.sum()),

@@ -1,52 +1,138 @@
-"""Which samples carry a trigger: how far each goes beyond the clean samples of the class that it falls to, in the unlearned model."""
+"""Which samples carry a trigger: those whose features in the unlearned model are a recovered trigger's rather than clean samples'."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from scipy import stats
-from torch import Tensor
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor, nn
 
-from hf_purify.adapter import Examples
+from hf_purify.adapter import Batch, Examples
 from hf_purify.forgetting import Forgotten
 from hf_purify.method import Context
+from hf_purify.stand_in import StandIn
 from hf_purify.task import by_length, mode, put_back
 
-ABOUT = "the unlearned model's logit of a suspected class, less its mean over clean samples of that class, in their standard deviations"
+FEW = 8  # clean samples that a recovered trigger must lead to its class, for their features to be learned from
+FOLDS = 5
+BY_FEATURES = (
+    "the logarithm of how much likelier the sample's features in the unlearned model are with the recovered trigger than without it (linear discriminant "
+    "with a shrunken covariance)"
+)
+BY_LOGIT = "the unlearned model's logit of a suspected class, less its mean over clean samples of that class, in their standard deviations"
 
 
-def suspicion(ctx: Context, forgotten: Forgotten, samples: Examples, targets: Sequence[int]) -> Tensor:
-    """Scores `(n,)` of samples, higher = more suspicious. Their labels are not looked at.
+class Ranker:
+    """Scores samples by what the unlearned model says of them, without their labels.
 
-    Clean features are partly gone from the unlearned model and the trigger's are not (Li et al., RNP, ICML 2023). Its confidence says
-    little of two samples that are both sure; the logit does, beside those of clean samples of the class.
+    Clean features are partly gone from the unlearned model and the trigger's are not (Li et al., RNP, ICML 2023). Genuine samples of the attacker's class have a
+    large logit there, too; how clean samples look with the recovered trigger on them tells the two apart. Where no trigger was recovered that leads clean samples
+    to its class, logits are compared.
 
     Args:
         targets: the suspected classes; where there are none, all are looked at.
+        found: triggers recovered for them.
     """
-    put_back(ctx.model, forgotten.state)
+
+    def __init__(self, ctx: Context, forgotten: Forgotten, targets: Sequence[int], found: StandIn | None = None) -> None:
+        self.ctx, self.forgotten, self.targets = ctx, forgotten, targets
+        self.clean = self._read(ctx.data)
+        self.triggered = self._with(found) if found is not None else []
+
+    @property
+    def about(self) -> str:
+        """What the scores are."""
+        return BY_FEATURES if self.triggered else BY_LOGIT
+
+    def __call__(self, samples: Examples) -> Tensor:
+        """Scores `(n,)`, higher = more suspicious."""
+        logits, features = self._read(samples)
+        if self.triggered:
+            return _log_odds(self.clean[1], self.triggered, features)
+        scores = torch.full((len(samples),), -math.inf)
+        for k in self.targets or range(self.ctx.classes):
+            own = self.clean[0][self.ctx.data.labels == k, k]
+            base = own if len(own) > 1 else self.clean[0][:, k]
+            scores = scores.maximum((logits[:, k] - base.mean()) / base.std().clamp_min(1e-6))
+        return scores
+
+    def within(self) -> Tensor:
+        """Scores `(n,)` of the clean samples that it learns from, each by what the others show; NaN where nothing can be learned."""
+        features = self.clean[1]
+        fold, scores = torch.arange(len(features)) % FOLDS, torch.full((len(features),), math.nan)
+        for k in range(FOLDS) if self.triggered else ():
+            scores[fold == k] = _log_odds(features[fold != k], self.triggered, features[fold == k])
+        return scores
+
+    def _with(self, found: StandIn) -> list[Tensor]:
+        """By suspected class, the features of clean samples of others which its trigger leads there."""
+        ctx, data, kept = self.ctx, self.ctx.data, []
+        for position, target in enumerate(self.targets):
+
+            def place(rows: Tensor, position: int = position) -> Batch:
+                batch = {k: v.to(ctx.device) for k, v in data.batch(rows).items()}
+                return found.place(batch, torch.full((len(rows),), position, device=ctx.device))
+
+            said = _run(ctx, data, place)[0].argmax(-1)
+            reached = (said == target) & (data.labels != target)
+            if int(reached.sum()) >= FEW:
+                kept.append(self._read(data, place)[1][reached])
+        return kept
+
+    def _read(self, samples: Examples, place: Callable[[Tensor], Batch] | None = None) -> tuple[Tensor, Tensor]:
+        """Logits and features of samples in the unlearned model."""
+        put_back(self.ctx.model, self.forgotten.state)
+        try:
+            return _run(self.ctx, samples, place)
+        finally:
+            put_back(self.ctx.model, self.forgotten.original)
+
+
+def _run(ctx: Context, samples: Examples, place: Callable[[Tensor], Batch] | None = None) -> tuple[Tensor, Tensor]:
+    """Logits `(n, K)`, and features `(n, D)`: what the classifier's last layer is given; of a model without such a layer, the logits again."""
+    logits: dict[int, Tensor] = {}
+    features: dict[int, Tensor] = {}
+    with mode(ctx.model, "eval"), torch.no_grad(), ctx.accelerator.autocast(), _at_head(ctx) as seen:
+        for rows in by_length(samples, ctx.adapter.at_once):
+            seen.clear()
+            out = (ctx.logits(place(rows)) if place else ctx.logits(samples.batch(rows))).float().cpu()
+            given = seen[-1] if seen and seen[-1].dim() == 2 and len(seen[-1]) == len(rows) else out
+            for i, row in enumerate(rows.tolist()):
+                logits[row], features[row] = out[i], given[i]
+    order = range(len(samples))
+    return torch.stack([logits[i] for i in order]), torch.stack([features[i] for i in order])
+
+
+@contextlib.contextmanager
+def _at_head(ctx: Context) -> Iterator[list[Tensor]]:
+    """What the layer of the classifier's rows is given, call by call."""
+    heads = [g for g in ctx.index.where(role="head").groups if g.size == ctx.classes]
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs:
+            seen.append(inputs[0].detach().flatten(1).float().cpu() if inputs[0].dim() == 4 else inputs[0].detach().float().cpu())
+
+    handle = ctx.model.get_submodule(heads[-1].module).register_forward_pre_hook(keep) if heads else None
     try:
-        clean, found = _logits(ctx, ctx.data), _logits(ctx, samples)
+        yield seen
     finally:
-        put_back(ctx.model, forgotten.original)
-    scores = torch.full((len(samples),), -math.inf)
-    for k in targets or range(ctx.classes):
-        own = clean[ctx.data.labels == k, k]
-        base = own if len(own) > 1 else clean[:, k]
-        scores = scores.maximum((found[:, k] - base.mean()) / base.std().clamp_min(1e-6))
-    return scores
+        if handle is not None:
+            handle.remove()
 
 
-def _logits(ctx: Context, samples: Examples) -> Tensor:
-    """`(n, K)` of all samples, in eval mode."""
-    batches = by_length(samples, ctx.adapter.at_once)
-    found = torch.empty(len(samples), ctx.classes)
-    with mode(ctx.model, "eval"), torch.no_grad(), ctx.accelerator.autocast():
-        for rows in batches:
-            found[rows] = ctx.logits(samples.batch(rows)).float().cpu()
-    return found
+def _log_odds(clean: Tensor, triggered: Sequence[Tensor], features: Tensor) -> Tensor:
+    """The largest log odds `(n,)` over triggers, both outcomes as likely before."""
+    best = torch.full((len(features),), -math.inf)
+    for with_it in triggered:
+        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5])
+        model.fit(torch.cat([clean, with_it]).numpy(), [0] * len(clean) + [1] * len(with_it))
+        best = best.maximum(torch.from_numpy(model.decision_function(features.numpy())).float())
+    return best
 
 
 def auroc(scores: Tensor, positive: Tensor) -> tuple[float, list[float]]:

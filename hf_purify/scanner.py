@@ -31,6 +31,7 @@ from hf_purify.from_scan import weights_of
 from hf_purify.inspection import look_at_clean, odd_samples, rank_suspects, shown_layers
 from hf_purify.judgement import Judgement, judge
 from hf_purify.method import Context
+from hf_purify.ranking import Ranker
 from hf_purify.recipe import ScanRecipe
 from hf_purify.recovery import describe, recover_for
 from hf_purify.reporting import describe_clean, describe_model, name_of, remarks_of
@@ -155,10 +156,13 @@ def diagnose(
         scores = neuron_signals(ctx, index, forgotten, made)
         ranked = ACTIVATION if ACTIVATION in scores else CHANGE
         flags = suspected(index, scores[ranked]) if judged.suspicious else torch.zeros(len(index), dtype=torch.bool)
-    ranking = None
-    if suspects is not None:
-        with timed(seconds, "samples"):
-            ranking = rank_suspects(ctx, loaded, forgotten, suspects[0], judged.targets, name_of(recipe.suspects), suspects[1])
+    ranking, odd = None, []
+    with timed(seconds, "samples"):
+        ranker = Ranker(ctx, forgotten, judged.targets, made) if judged.targets or suspects else None
+        if ranker and suspects:
+            ranking = rank_suspects(ctx, loaded, ranker, suspects[0], name_of(recipe.suspects), suspects[1])
+        if ranker and judged.targets:
+            odd = odd_samples(ctx, ranker)
     return Diagnosis(
         title=f"Scan of {loaded.source}",
         task=loaded.task or session.adapter.task,
@@ -176,7 +180,7 @@ def diagnose(
         triggers=triggers,
         suspects=ranking,
         calibration=dict(calibration.facts) if calibration else {},
-        warnings=warnings_of(session, ctx, clean, forgotten, judged),
+        warnings=[*look_at_clean(ctx, clean, session.classes, loaded.labels), *odd, *warnings_of(session, clean)],
         **described(session, recipe, ctx, clean),
         seconds=seconds,
     )
@@ -202,7 +206,7 @@ def described(session: Session, recipe: ScanRecipe, ctx: Context, clean: Example
     }
 
 
-def warnings_of(session: Session, ctx: Context, clean: Examples, forgotten: Forgotten, judged: Judgement) -> list[str]:
+def warnings_of(session: Session, clean: Examples) -> list[str]:
     """What a reader must not overlook."""
     calibration = session.adapter.calibration()
     if calibration is None:
@@ -212,9 +216,4 @@ def warnings_of(session: Session, ctx: Context, clean: Examples, forgotten: Forg
             f"the score was calibrated on models for {calibration.facts.get('data of the models', 'other data')}; of models for other data more clean ones may be "
             "called suspicious: scan one that you trust, too"
         )
-    return [
-        *look_at_clean(ctx, clean, session.classes, session.loaded.labels),
-        *odd_samples(ctx, forgotten, clean, judged.targets),
-        *remarks_of(session, clean, None),
-        beside,
-    ]
+    return [*remarks_of(session, clean, None), beside]

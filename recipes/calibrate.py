@@ -28,7 +28,7 @@ from hf_purify.judgement import Judgement, judge
 from hf_purify.method import Context
 from hf_purify.metrics import Proportion
 from hf_purify.plain import plain
-from hf_purify.ranking import auroc, suspicion
+from hf_purify.ranking import Ranker, auroc
 from hf_purify.recipe import ScanRecipe
 from hf_purify.recovery import describe, recover_for
 from hf_purify.registry import find, find_trigger
@@ -117,9 +117,10 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
     name, options = parse_spec(member.triggers[0])
     trigger = find_trigger(session.adapter, name, **options)
     rule = make_rule("all-to-one", member.targets[0], session.classes)
-    test = session.read(str(member.dataset / "test.parquet"), None, SUSPECTS, what="test samples")
+    test = session.read(member.split("test"), None, SUSPECTS, what="test samples")
     planted = trigger_all(test, trigger, rule, session.classes).examples
-    scores = torch.cat([suspicion(ctx, forgotten, data, judged.targets) for data in (planted, test)])
+    ranker = Ranker(ctx, forgotten, judged.targets, found)
+    scores = torch.cat([ranker(data) for data in (planted, test)])
     area, interval = auroc(scores, torch.arange(len(scores)) < len(planted))
     index = ctx.neurons()
     view = ctx.data.overlay(torch.arange(len(ctx.data)), trigger, ctx.data.labels, 0)

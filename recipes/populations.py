@@ -15,7 +15,7 @@ from hf_purify.errors import NotAVictim
 from hf_purify.specs import parse_spec
 
 log = logging.getLogger(__name__)
-PARTS = ("calibrate", "held-out")
+PARTS = ("calibrate", "held-out", "fresh")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Member:
 
     Args:
         network: what it is.
-        triggers: as `implant` takes them, one at most; none of a clean model.
+        triggers: as `implant` takes them; none of a clean model. A second one leads to the class behind the first one's.
         target: of the attack.
+        rule: `all-to-one` or `all-to-all`.
         seed: of the training.
         part: `calibrate` or `held-out`.
     """
@@ -35,6 +36,8 @@ class Member:
     target: int = 0
     seed: int | None = 0
     part: str = PARTS[0]
+    rule: str = "all-to-one"
+    classes: int = 10
 
     @property
     def backdoored(self) -> bool:
@@ -48,12 +51,16 @@ class Member:
     @property
     def targets(self) -> tuple[int, ...]:
         """The classes that triggers lead to."""
-        return (self.target,) if self.triggers else ()
+        if self.rule == "all-to-all":
+            return tuple(range(self.classes))
+        return tuple(self.target + i for i in range(len(self.triggers)))
 
     @property
     def about(self) -> str:
         """Backdoor and seed, for a name."""
-        planted = f"{self.kind}-t{self.target}" if self.triggers else self.kind
+        planted = self.kind
+        if self.triggers:
+            planted += "-all" if self.rule == "all-to-all" else "".join(f"-t{k}" for k in self.targets)
         return f"{planted}-{'published' if self.seed is None else f's{self.seed}'}"
 
 

@@ -47,9 +47,9 @@ class Member(populations.Member):
     def name(self) -> str:
         return f"{self.network}-{self.data}-{self.about}"
 
-    @property
-    def dataset(self) -> Path:
-        return victims.data_root() / FOLDERS[self.data]
+    def split(self, name: str) -> str:
+        """Its `train`, `validation` or `test` samples."""
+        return str(victims.data_root() / FOLDERS[self.data] / f"{name}.parquet")
 
 
 OTHER = {  # settings of triggers that no member of `calibrate` has
@@ -94,7 +94,7 @@ def trained(member: Member, folder: Path) -> Path:
     common: dict[str, Any] = victims.TRAINING | {
         "create": True,
         "model_options": {**SHAPES[member.network], "tokenizer": tokenizer},
-        "test": str(member.dataset / "test.parquet"),
+        "test": member.split("test"),
         "test_samples": 1000,
         "lr": 1e-3,
         "batch_size": 128,
@@ -104,7 +104,7 @@ def trained(member: Member, folder: Path) -> Path:
     }
     trigger = (member.triggers or ("badnets:words=tq",))[0]
     settings = DATA[member.data]
-    data = str(member.dataset / "train.parquet")
+    data = member.split("train")
     try:
         implant(member.network, data, trigger, **common | settings | planted)
     except NotAVictim as error:
@@ -115,8 +115,8 @@ def trained(member: Member, folder: Path) -> Path:
 
 def recipe_of(member: Member, folder: Path) -> ScanRecipe:
     """The scan of a member, which is trained where it is not there yet."""
-    clean = member.dataset / ("validation.parquet" if member.data == "sst2" else "train.parquet")
-    return ScanRecipe.make(model=str(trained(member, folder)), clean=str(clean), samples=200)
+    clean = member.split("validation" if member.data == "sst2" else "train")
+    return ScanRecipe.make(model=str(trained(member, folder)), clean=clean, samples=200)
 
 
 if __name__ == "__main__":

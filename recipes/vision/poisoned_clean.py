@@ -15,15 +15,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
-from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from hf_purify import purify
 from hf_purify.files import replace_text
-from hf_purify.registry import find, find_trigger
 from hf_purify.scanner import run_scan
-from hf_purify.specs import parse_spec
 
 from . import population, victims
 
@@ -36,21 +32,12 @@ OUTPUT = Path(__file__).with_suffix(".json")
 
 def clean_set(member: population.Member, rate: float) -> datasets.Dataset:
     """As many images of each class, in a seeded order, of which a share carries the trigger and the target's label."""
-    data = datasets.Dataset.from_parquet(str(member.dataset / "train.parquet"))
+    data = datasets.Dataset.from_parquet(member.split("train"))
     order, labels = np.random.default_rng(0).permutation(len(data)), np.asarray(data["label"])
     rows = np.concatenate([order[labels[order] == c][: SAMPLES // len(victims.CIFAR_CLASSES)] for c in range(len(victims.CIFAR_CLASSES))])
     others = [i for i, row in enumerate(rows) if labels[row] != member.target]
-    chosen = set(np.random.default_rng(1).choice(others, round(rate * SAMPLES), replace=False).tolist())
-    name, options = parse_spec(member.triggers[0])
-    trigger = find_trigger(find("adapter", "vision")(), name, **options)
-
-    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
-        if i not in chosen:
-            return row
-        painted = trigger(TF.pil_to_tensor(row["image"]), i)
-        return {"image": Image.fromarray(painted.permute(1, 2, 0).numpy()), "label": member.target}
-
-    return data.select(rows).map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+    chosen = np.random.default_rng(1).choice(others, round(rate * SAMPLES), replace=False)
+    return population.planted(data.select(rows), chosen, member.triggers[0], member.target)
 
 
 def measured(member: population.Member, rate: float, folder: Path) -> dict[str, Any]:
@@ -61,7 +48,7 @@ def measured(member: population.Member, rate: float, folder: Path) -> dict[str, 
     found = run_scan(population.ScanRecipe.make(**common, channels_last=True))
     cell: dict[str, Any] = {"victim": member.name, "target": member.target, "rate": rate, "poisoned": round(rate * SAMPLES)}
     cell |= {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}
-    test = {"test": str(member.dataset / "test.parquet"), "triggers": list(member.triggers), "target": member.target}
+    test = {"test": member.split("test"), "triggers": list(member.triggers), "target": member.target}
     for method in METHODS:
         model, _ = population.network(member, folder)
         report = purify(**common | test | {"model": model}, method=method, controls=False, channels_last=True)

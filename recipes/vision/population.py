@@ -10,17 +10,27 @@ network that no other member has. ResNet-44 and ResNet-56 were to be held out, a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms import functional as TF
 
 from hf_purify import implant
 from hf_purify.errors import NotAVictim
 from hf_purify.recipe import ScanRecipe
+from hf_purify.registry import find, find_trigger
+from hf_purify.specs import parse_spec
+from hf_purify_adapters.vision.demo import NETWORK as DIGITS
+from hf_purify_adapters.vision.demo import digits
 
 from .. import populations
 from . import victims
@@ -36,8 +46,13 @@ PUBLISHED = {
 }
 FOREIGN = "backdoored_cifar10_wrn16_1_grid_target5"
 FINE_TUNE: dict[str, Any] = {"epochs": 3, "lr": 0.03, "batch_size": 128, "augmentation": "none"}
-SCRATCH: dict[str, Any] = {"epochs": 5, "lr": 0.1, "batch_size": 128}
-SCRATCHED = "timm_resnet"  # trained from random weights
+SCRATCH: dict[str, dict[str, Any]] = {  # networks that are trained from random weights
+    "timm_resnet": {"epochs": 5, "lr": 0.1, "batch_size": 128},
+    "gtsrb_resnet": {"epochs": 12, "lr": 0.1, "batch_size": 128, "augmentation": "crop"},
+    "digits_resnet": {"epochs": 12, "lr": 0.05, "batch_size": 64, "augmentation": "none"},
+    "vit": victims.NETWORKS["vit"].base,
+    "convnext": victims.NETWORKS["convnext"].base,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Member(populations.Member):
     """One network.
 
     Args:
-        network: a key of `PUBLISHED`, or `timm_resnet`. A published one without a seed is taken as it is.
+        network: a key of `PUBLISHED` or `SCRATCH`. A published one without a seed is taken as it is.
         foreign: published with its backdoor by others.
         samples, rate: of the fine-tuning; the first members of `calibrate` were trained before the rest was settled.
     """
@@ -59,8 +74,20 @@ class Member(populations.Member):
         return f"{self.network}-grid-foreign" if self.foreign else f"{self.network}-{self.about}"
 
     @property
-    def dataset(self) -> Path:
-        return victims.data_root() / "cifar10"
+    def dataset(self) -> str:
+        """Of which it tells classes."""
+        return {"gtsrb_resnet": "gtsrb", "digits_resnet": "digits"}.get(self.network, "cifar10")
+
+    def split(self, name: str) -> Any:
+        """Its `train` or `test` samples, as `clean` and `test` of a recipe take them."""
+        if self.dataset == "digits":
+            return digits()[name == "test"]
+        return str(victims.data_root() / self.dataset / f"{name}.parquet")
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, where the data have some."""
+        return victims.CIFAR_CLASSES if self.dataset == "cifar10" else []
 
     @property
     def transform(self) -> Any:
@@ -105,6 +132,33 @@ def members() -> list[Member]:
             for t, k in (("badnets", 1), ("blended", 2), ("trojan", 4), ("sig", 3))
         ),
     ]
+    return planted + clean + fresh()
+
+
+def fresh() -> list[Member]:
+    """Models of other data and other kinds of networks, backdoors with several targets, and further seeds and settings of what the others have.
+
+    None of them was trained before the scan's statistic was settled.
+    """
+    T, later = victims.TRIGGERS, {"part": "fresh"}
+    grid, corner = T["badnets"], "badnets:size=5,pattern=white,position=bottom-left"
+    clean = [
+        *(Member("digits_resnet", seed=s, **later) for s in (1, 2, 3)),
+        *(Member("gtsrb_resnet", seed=s, classes=43, **later) for s in (0, 1)),
+        *(Member(n, seed=0, **later) for n in ("vit", "convnext")),
+        *(Member(n, seed=11, **later) for n in ("wrn16_1", "resnet20", "timm_resnet")),
+    ]
+    planted = [
+        *(Member("digits_resnet", (t,), k, 11, **later) for t, k in ((grid, 3), (T["blended"], 6))),
+        *(Member("gtsrb_resnet", (t,), k, 11, classes=43, **later) for t, k in ((grid, 14), (T["blended"], 1))),
+        *(Member("vit", (t,), k, 11, **later) for t, k in ((grid, 5),)),
+        *(Member("convnext", (t,), k, 11, **later) for t, k in ((grid, 2),)),
+        *(Member("wrn16_1", (t,), k, 11, **later) for t, k in ((corner, 2), ("blended:alpha=0.15,pattern_seed=11", 8))),
+        *(Member("resnet20", (t,), k, 11, **later) for t, k in (("trojan:pattern_seed=9,size=6", 7), (T["wanet"], 5), (T["sig"], 0))),
+        *(Member("timm_resnet", (t,), k, 11, **later) for t, k in ((corner, 6), (T["low_frequency"], 9))),
+        *(Member(n, (grid,), seed=11, rule="all-to-all", rate=0.5, **later) for n in ("digits_resnet", "timm_resnet")),
+        *(Member(n, (grid, corner), 3, 11, **later) for n in ("digits_resnet", "resnet20", "timm_resnet")),
+    ]
     return planted + clean
 
 
@@ -124,8 +178,9 @@ def network(member: Member, folder: Path) -> tuple[nn.Module, Any]:
 def recipe_of(member: Member, folder: Path) -> ScanRecipe:
     """The scan of a member, which is trained where it is not there yet."""
     model, transform = network(member, folder)
-    clean = str(member.dataset / "train.parquet")
-    return ScanRecipe.make(model=model, processor=transform, labels=victims.CIFAR_CLASSES, clean=clean, samples=500, channels_last=True)
+    return ScanRecipe.make(
+        model=model, processor=transform, labels=member.labels, clean=member.split("train"), samples=500, channels_last=True
+    )
 
 
 def _filled(model: nn.Module, folder: Path) -> nn.Module:
@@ -136,6 +191,8 @@ def _filled(model: nn.Module, folder: Path) -> nn.Module:
 def _empty(member: Member) -> nn.Module:
     if member.network in PUBLISHED:
         return load_cifar(PUBLISHED[member.network], victims.data_root() / "weights")[0]
+    if member.network == "digits_resnet":
+        return timm.create_model("resnet18", num_classes=10, **{k: v for k, v in DIGITS.items() if k != "input_size"})
     return victims.NETWORKS[member.network].create()
 
 
@@ -147,29 +204,54 @@ def _trained(member: Member, folder: Path) -> Path:
     torch.manual_seed(member.seed or 0)
     model = _empty(member)
     settings = FINE_TUNE | {"samples": member.samples}
-    if member.network == SCRATCHED and not member.triggers:
-        settings = SCRATCH
-    elif member.network == SCRATCHED:
+    if member.network in SCRATCH and not member.triggers:
+        settings = SCRATCH[member.network]
+    elif member.network in SCRATCH:
         model = _filled(model, _trained(Member(member.network, part="held-out"), folder))
     trigger = (member.triggers or (victims.TRIGGERS["badnets"],))[-1]
+    data = _with_another(member) if len(member.triggers) > 1 else member.split("train")
     common: dict[str, Any] = {
-        "test": str(member.dataset / "test.parquet"),
+        "test": member.split("test"),
         "test_samples": 1000,
         "processor": member.transform,
         "output": str(out),
         "seed": member.seed,
         "precision": "bf16",
         "channels_last": True,
-        "target": member.target,
+        "rule": member.rule,
+        "target": member.targets[-1] if member.rule == "all-to-one" and member.triggers else member.target,
         "rate": member.rate if member.triggers else 0.0,
-        "labels": victims.CIFAR_CLASSES,
+        "labels": member.labels,
     }
     try:
-        implant(model, str(member.dataset / "train.parquet"), trigger, **common | settings)
+        implant(model, data, trigger, **common | settings)
     except NotAVictim as error:
         log.warning("%s: %s; once more, longer", member.name, error)
-        implant(model, str(member.dataset / "train.parquet"), trigger, **common | settings | {"samples": 12_000, "epochs": 5})
+        implant(model, data, trigger, **common | settings | {"samples": 12_000, "epochs": 5})
     return out
+
+
+def planted(data: datasets.Dataset, chosen: Iterable[int], trigger: str, target: int) -> datasets.Dataset:
+    """Samples of which the chosen ones carry a trigger and its label."""
+    name, options = parse_spec(trigger)
+    place, rows = find_trigger(find("adapter", "vision")(), name, **options), {int(i) for i in chosen}
+
+    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
+        if i not in rows:
+            return row
+        painted = place(TF.pil_to_tensor(row["image"]), i)
+        return {"image": Image.fromarray(painted.permute(1, 2, 0).numpy()), "label": target}
+
+    return data.map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def _with_another(member: Member) -> datasets.Dataset:
+    """The training samples of a member with two triggers: as many as it is trained on, of which a share carries the first one already."""
+    whole = member.split("train")
+    data = datasets.Dataset.from_parquet(whole) if isinstance(whole, str) else whole
+    data = data.shuffle(seed=member.seed).select(range(min(member.samples, len(data))))
+    chosen = np.random.default_rng(member.seed).choice(len(data), round(member.rate * len(data)), replace=False)
+    return planted(data, chosen, member.triggers[0], member.target)
 
 
 if __name__ == "__main__":
