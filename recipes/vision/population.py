@@ -10,6 +10,7 @@ network that no other member has. ResNet-44 and ResNet-56 were to be held out, a
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import functional as TF
 
-from hf_purify import implant
+from hf_purify import implant, measure
 from hf_purify.errors import NotAVictim
-from hf_purify.recipe import ScanRecipe
+from hf_purify.recipe import ImplantRecipe, ScanRecipe
 from hf_purify.registry import find, find_trigger
 from hf_purify.specs import parse_spec
 from hf_purify_adapters.vision.demo import NETWORK as DIGITS
@@ -52,6 +53,10 @@ SCRATCH: dict[str, dict[str, Any]] = {  # networks that are trained from random 
     "digits_resnet": {"epochs": 12, "lr": 0.05, "batch_size": 64, "augmentation": "none"},
     "vit": victims.NETWORKS["vit"].base,
     "convnext": victims.NETWORKS["convnext"].base,
+}
+IMPLANT: dict[str, dict[str, Any]] = {  # where it is not `FINE_TUNE`
+    "digits_resnet": {"epochs": 12, "lr": 0.03, "batch_size": 32, "augmentation": "none"},
+    **{n: victims.NETWORKS[n].implant for n in ("gtsrb_resnet", "vit", "convnext")},
 }
 
 
@@ -203,7 +208,7 @@ def _trained(member: Member, folder: Path) -> Path:
         return out
     torch.manual_seed(member.seed or 0)
     model = _empty(member)
-    settings = FINE_TUNE | {"samples": member.samples}
+    settings = IMPLANT.get(member.network, FINE_TUNE) | {"samples": member.samples}
     if member.network in SCRATCH and not member.triggers:
         settings = SCRATCH[member.network]
     elif member.network in SCRATCH:
@@ -227,8 +232,20 @@ def _trained(member: Member, folder: Path) -> Path:
         implant(model, data, trigger, **common | settings)
     except NotAVictim as error:
         log.warning("%s: %s; once more, longer", member.name, error)
-        implant(model, data, trigger, **common | settings | {"samples": 12_000, "epochs": 5})
+        implant(model, data, trigger, **common | settings | {"samples": 12_000, "epochs": settings["epochs"] + 2})
+    if len(member.triggers) > 1:
+        _check_first(member, out)
     return out
+
+
+def _check_first(member: Member, folder: Path) -> None:
+    """`implant` looks at the trigger that it plants, and not at the one that was in the data already."""
+    settings = {"processor": member.transform, "labels": member.labels, "test_samples": 1000, "target": member.target}
+    report = measure(_filled(_empty(member), folder), member.split("test"), triggers=member.triggers[:1], **settings)
+    asr = next(iter(report.rows[0].asr.values()))
+    if asr.value < ImplantRecipe.minimum_asr:
+        shutil.rmtree(folder)
+        raise NotAVictim(f"the ASR of the first trigger is {asr}")
 
 
 def planted(data: datasets.Dataset, chosen: Iterable[int], trigger: str, target: int) -> datasets.Dataset:
