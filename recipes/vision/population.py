@@ -161,7 +161,8 @@ def fresh() -> list[Member]:
         *(Member("wrn16_1", (t,), k, 11, **later) for t, k in ((corner, 2), ("blended:alpha=0.15,pattern_seed=11", 8))),
         *(Member("resnet20", (t,), k, 11, **later) for t, k in (("trojan:pattern_seed=9,size=6", 7), (T["wanet"], 5), (T["sig"], 0))),
         *(Member("timm_resnet", (t,), k, 11, **later) for t, k in ((corner, 6), (T["low_frequency"], 9))),
-        *(Member(n, (grid,), seed=11, rule="all-to-all", rate=0.5, **later) for n in ("digits_resnet", "timm_resnet")),
+        Member("digits_resnet", (grid,), seed=11, rule="all-to-all", rate=0.5, **later),
+        Member("gtsrb_resnet", (grid,), seed=11, rule="all-to-all", rate=0.5, classes=43, **later),
         *(Member(n, (grid, corner), 3, 11, **later) for n in ("digits_resnet", "resnet20", "timm_resnet")),
     ]
     return planted + clean
@@ -209,7 +210,9 @@ def _trained(member: Member, folder: Path) -> Path:
     torch.manual_seed(member.seed or 0)
     model = _empty(member)
     settings = IMPLANT.get(member.network, FINE_TUNE) | {"samples": member.samples}
-    if member.network in SCRATCH and not member.triggers:
+    if member.rule == "all-to-all":  # takes longer to learn
+        settings = SCRATCH[member.network] | {"epochs": 3 * SCRATCH[member.network]["epochs"]}
+    elif member.network in SCRATCH and not member.triggers:
         settings = SCRATCH[member.network]
     elif member.network in SCRATCH:
         model = _filled(model, _trained(Member(member.network, part="held-out"), folder))
