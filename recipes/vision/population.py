@@ -244,7 +244,7 @@ def _trained(member: Member, folder: Path) -> Path:
 def _check_first(member: Member, folder: Path) -> None:
     """`implant` looks at the trigger that it plants, and not at the one that was in the data already."""
     settings = {"processor": member.transform, "labels": member.labels, "test_samples": 1000, "target": member.target}
-    report = measure(_filled(_empty(member), folder), member.split("test"), triggers=member.triggers[:1], **settings)
+    report = measure(_filled(_empty(member), folder), member.split("test"), triggers=list(member.triggers[:1]), **settings)
     asr = next(iter(report.rows[0].asr.values()))
     if asr.value < ImplantRecipe.minimum_asr:
         shutil.rmtree(folder)
