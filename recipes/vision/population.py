@@ -210,7 +210,7 @@ def _trained(member: Member, folder: Path) -> Path:
     torch.manual_seed(member.seed or 0)
     model = _empty(member)
     settings = IMPLANT.get(member.network, FINE_TUNE) | {"samples": member.samples}
-    if member.rule == "all-to-all":  # takes longer to learn
+    if member.network in SCRATCH and len(member.targets) > 1:  # takes longer to learn
         settings = SCRATCH[member.network] | {"epochs": 3 * SCRATCH[member.network]["epochs"]}
     elif member.network in SCRATCH and not member.triggers:
         settings = SCRATCH[member.network]
