@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_purify.loop import TrainConfig
 from hf_purify.method import Context
 from hf_purify.neurons import get_tensor, owned
 from hf_purify.routines import unlearn
@@ -14,6 +15,7 @@ from hf_purify.task import put_back, reading, snapshot
 
 LEVEL = 0.7  # of the held-out accuracy that is left
 GAIN = 0.02  # a step that raises the loss by less lets the rate grow
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class Forgotten:
 def forget(ctx: Context) -> Forgotten:
     """Unlearn the clean task a little, and leave the model as it was."""
     norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
-    lr = 0.003 if norms else 5e-4  # to begin with; it controls itself
+    lr = 0.006 if norms else 5e-4  # to begin with; it controls itself
     start = ctx.accuracy()
     original = snapshot(ctx.model)
     try:
-        done = unlearn(ctx, ctx.reading, ctx.classes, lr=lr, level=max(LEVEL * start, 1.2 / ctx.classes), gain=GAIN)
+        level = max(LEVEL * start, 1.2 / ctx.classes)
+        done = unlearn(ctx, ctx.reading, ctx.classes, lr=lr, config=TrainConfig(steps=1, batch_size=BATCH), level=level, gain=GAIN)
         said, right, _ = reading(ctx, ctx.data)
         state = snapshot(ctx.model)
         rows = _moved_rows(ctx, original)

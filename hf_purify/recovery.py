@@ -20,10 +20,19 @@ BATCH = 50
 SHOWN = 6
 
 
-def recover_for(ctx: Context, kind: str, targets: Sequence[int], steps: int) -> StandIn:
-    """Triggers of a kind for the suspected classes, one for each, from the model as it came: what they reach is measured on that one."""
+def recover_for(ctx: Context, kind: str, targets: Sequence[int], steps: int, begun: StandIn | None = None) -> StandIn:
+    """Triggers of a kind for the suspected classes, one for each, from the model as it came: what they reach is measured on that one.
+
+    Args:
+        begun: triggers of the kind for all classes, to go on from.
+    """
     ctx.generator.manual_seed(ctx.generator.initial_seed() + 1)
     found = recover(ctx, kind, torch.tensor(targets), 0)
+    if begun is not None:
+        rows = torch.tensor([begun.classes.tolist().index(k) for k in targets], device=begun.classes.device)
+        with torch.no_grad():
+            for ours, theirs in zip(found.parameters(), begun.parameters(), strict=True):
+                ours.copy_(theirs[rows])
     invert(ctx, found, steps * len(targets), batch_size=BATCH)
     return found
 

@@ -150,7 +150,7 @@ def diagnose(
     calibration = session.adapter.calibration()
     judged = judge(looked.shortcuts, forgotten, calibration, recipe.threshold)
     with timed(seconds, "trigger"):
-        made, triggers = find_triggers(ctx, loaded, judged, recipe.trigger_steps)
+        made, triggers = find_triggers(ctx, loaded, judged, recipe.trigger_steps, looked)
     with timed(seconds, "neurons"):
         index = ctx.neurons()
         scores = neuron_signals(ctx, index, forgotten, made)
@@ -186,11 +186,11 @@ def diagnose(
     )
 
 
-def find_triggers(ctx: Context, loaded: Loaded, judged: Judgement, steps: int) -> tuple[StandIn | None, list[FoundTrigger]]:
+def find_triggers(ctx: Context, loaded: Loaded, judged: Judgement, steps: int, looked: Looked) -> tuple[StandIn | None, list[FoundTrigger]]:
     """Triggers recovered for the suspected classes; none where there is no class."""
     if not judged.targets:
         return None, []
-    made = recover_for(ctx, judged.by, judged.targets, steps)
+    made = recover_for(ctx, judged.by, judged.targets, steps, looked.shortcuts[judged.by].found)
     return made, [describe(ctx, loaded, judged.by, made, position) for position in range(len(judged.targets))]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_purify.method import Context
 from hf_purify.routines import costs, invert, recover
+from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 
 STEPS = 45  # of the inversion, for each ten classes
@@ -25,11 +26,13 @@ class Shortcut:
         kind: one of the adapter's `stand_ins`.
         costs: `(K,)` by class; infinite for a class that the kind cannot lead to.
         tried: some triggers were tried, where others are recovered by gradients.
+        found: what was recovered.
     """
 
     kind: str
     costs: Tensor
     tried: bool = False
+    found: StandIn | None = field(default=None, compare=False, repr=False)
 
     @property
     def relative(self) -> Tensor:
@@ -70,4 +73,4 @@ def shortcut(ctx: Context, kind: str) -> Shortcut:
     found = recover(ctx, kind, aims, 0)
     before = costs(ctx, found, SAMPLES) if made.relative else torch.ones(len(aims))
     invert(ctx, found, STEPS * max(1, round(classes / 10)), batch_size=BATCH)
-    return Shortcut(kind, spread.index_copy(0, aims, costs(ctx, found, SAMPLES) / before))
+    return Shortcut(kind, spread.index_copy(0, aims, costs(ctx, found, SAMPLES) / before), found=found)

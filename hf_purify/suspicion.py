@@ -26,7 +26,7 @@ from hf_purify.task import fetch, mode, put_back
 CUT = 3.0  # standard deviations above its layer's mean, from which a neuron is suspected
 MOST = 0.1  # of a layer's neurons
 SAMPLES = 100
-RECOVER_STEPS, BATCH = 20, 50
+RECOVER_STEPS, BATCH = 10, 50
 ACTIVATION, CHANGE, SALIENCE, MASK, LIPSCHITZ = (
     "trigger activation",
     "weight change",
