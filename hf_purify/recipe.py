@@ -200,7 +200,7 @@ class ScanRecipe(Recipe):
         suspects_split: split of them.
         poisoned: column of the suspects that says which carry a trigger, true or false, where that is known.
         threshold: scores above it are suspicious, in (0, 1): one less the share of clean models that would be called so.
-        trigger_steps: steps to recover the trigger of a suspected class, after the search.
+        trigger_steps: steps to sharpen the trigger of a suspected class, after the search.
     """
 
     clean: Any = None
@@ -210,7 +210,7 @@ class ScanRecipe(Recipe):
     suspects_split: str | None = None
     poisoned: str | None = None
     threshold: float = 0.9
-    trigger_steps: int = 40
+    trigger_steps: int = 15
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,11 +12,12 @@ from hf_purify.adapter import Batch, Examples, Loaded
 from hf_purify.diagnosis import FoundTrigger, Shown
 from hf_purify.method import Context
 from hf_purify.metrics import Proportion
-from hf_purify.routines import invert, recover
+from hf_purify.routines import copied, invert, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import fetch, mode
 
 BATCH = 50
+FIRST = 25  # steps more for triggers that begin with nothing
 SHOWN = 6
 
 
@@ -24,15 +25,14 @@ def recover_for(ctx: Context, kind: str, targets: Sequence[int], steps: int, beg
     """Triggers of a kind for the suspected classes, one for each, from the model as it came: what they reach is measured on that one.
 
     Args:
-        begun: triggers of the kind for all classes, to go on from.
+        begun: triggers of the kind for these classes and others, to go on from; without them there are more steps.
     """
     ctx.generator.manual_seed(ctx.generator.initial_seed() + 1)
-    found = recover(ctx, kind, torch.tensor(targets), 0)
-    if begun is not None:
-        rows = torch.tensor([begun.classes.tolist().index(k) for k in targets], device=begun.classes.device)
-        with torch.no_grad():
-            for ours, theirs in zip(found.parameters(), begun.parameters(), strict=True):
-                ours.copy_(theirs[rows])
+    at = begun.classes.tolist() if begun is not None else []
+    if begun is not None and set(targets) <= set(at):
+        found = copied(ctx, kind, [(begun, at.index(k), k) for k in targets])
+    else:
+        found, steps = recover(ctx, kind, torch.tensor(targets), 0), steps + FIRST
     invert(ctx, found, steps * len(targets), batch_size=BATCH)
     return found
 

@@ -148,21 +148,34 @@ def tune_mask(
 SPARSITY = 20.0  # weight of a recovered trigger's size beside the loss that it reaches
 
 
-def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2) -> None:
+def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2, paired: bool = False) -> None:
     """Recover triggers: what, put on clean samples of other classes, makes the model see each one's class, and is small.
 
     All of them share each step, a sample going to one drawn at random, so that a step costs one forward and backward pass
     whatever their number. The model is left alone.
+
+    Args:
+        paired: every sample of a step goes to all of the triggers.
     """
+    count = len(stand_in.classes)
 
     def objective(batch: Batch) -> Tensor:
-        which = torch.randint(len(stand_in.classes), (len(batch["labels"]),), generator=task.generator).to(task.device)
-        losses, others = _losses(task, stand_in, batch, which)
+        size = len(batch["labels"])
+        if paired:
+            batch, which = each(batch, count), torch.arange(count).repeat(size)
+        else:
+            which = torch.randint(count, (size,), generator=task.generator)
+        losses, others = _losses(task, stand_in, batch, which.to(task.device))
         return losses.sum() / others.sum().clamp(min=1) + SPARSITY * stand_in.size().mean()
 
-    at_once = min(batch_size, task.adapter.at_once)
+    at_once = min(batch_size, max(1, task.adapter.at_once // count) if paired else task.adapter.at_once)
     config = TrainConfig(steps=steps, batch_size=at_once, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
     train(task, stand_in.parameters(), config, objective=objective, changed=list(stand_in.buffers()), title="recover triggers")
+
+
+def each(batch: Batch, count: int) -> Batch:
+    """A batch with each sample so many times, one behind the other."""
+    return {name: values.repeat_interleave(count, 0) for name, values in batch.items()}
 
 
 def glance(task: Task, kind: str) -> Tensor | None:
@@ -187,12 +200,30 @@ def recover(task: Task, kind: str, classes: Tensor, steps: int) -> StandIn:
 
 
 @torch.no_grad()
-def costs(task: Task, stand_in: StandIn, samples: int = 64) -> Tensor:
-    """What inversion left of its objective, `(S,)`: the loss on up to `samples` clean samples of other classes, and the size."""
+def copied(task: Task, kind: str, rows: Sequence[tuple[StandIn, int, int]]) -> StandIn:
+    """Triggers that are copies of others of their kind.
+
+    Args:
+        rows: of each, where it is taken from, its position there, and the class that it is to lead to.
+    """
+    made = recover(task, kind, torch.tensor([k for _, _, k in rows]), 0)
+    for row, (source, position, _) in enumerate(rows):
+        for ours, theirs in zip(made.parameters(), source.parameters(), strict=True):
+            ours[row] = theirs[position]
+    return made
+
+
+@torch.no_grad()
+def costs(task: Task, stand_in: StandIn, samples: int = 64, *, paired: bool = False) -> Tensor:
+    """What inversion left of its objective, `(S,)`: the loss on up to `samples` clean samples of other classes, and the size.
+
+    Args:
+        paired: on the same samples for all triggers.
+    """
     count = len(stand_in.classes)
-    which = torch.arange(count).repeat_interleave(samples)
-    chosen = torch.cat([torch.randperm(len(task.data), generator=task.generator)[:samples] for _ in range(count)])
-    which = which if len(chosen) == len(which) else torch.arange(count).repeat_interleave(len(chosen) // count)
+    draws = [torch.randperm(len(task.data), generator=task.generator)[:samples] for _ in range(1 if paired else count)]
+    chosen = torch.cat(draws * (count if paired else 1))
+    which = torch.arange(count).repeat_interleave(len(chosen) // count)
     total, seen = (torch.zeros(count, device=task.device) for _ in range(2))
     with mode(task.model, "eval"):
         for indices, some in zip(*(v.split(task.adapter.at_once) for v in (chosen, which.to(task.device))), strict=True):

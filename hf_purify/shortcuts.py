@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from hf_purify.method import Context
-from hf_purify.routines import costs, invert, recover
+from hf_purify.routines import copied, costs, invert, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 
-STEPS = 45  # of the inversion, for each ten classes
-BATCH = 50
-SAMPLES = 32  # of each class, that a cost is read on
+FIRST, LAST = 15, 30  # steps of the inversion: for all classes, and for the cheapest ones
+KEPT = 4  # of them: a cost is seen beside the third
+BATCH = 5  # samples a step, each of which goes to every class
+SAMPLES = 32  # that a cost is read on
+TOGETHER = 10  # classes that are searched at once
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,32 @@ class Shortcut:
 
 
 def shortcut(ctx: Context, kind: str) -> Shortcut:
-    """What triggers of a kind cost, recovered for all classes in the same steps, each sample going to one class."""
-    classes = ctx.classes
-    made = ctx.adapter.stand_ins(ctx.model)[kind]
+    """What triggers of a kind cost.
+
+    Those of all classes begin alike and see the same samples in the same order, so that they differ by the class alone. After a first look, only those of the
+    cheapest classes are sharpened.
+    """
+    made, seed = ctx.adapter.stand_ins(ctx.model)[kind], ctx.generator.initial_seed()
     with mode(ctx.model, "eval"), torch.no_grad():
         known = made.probe(ctx.data, ctx.logits)
-    aims = made.aims(classes)
-    spread = torch.full((classes,), math.inf)
+    aims = made.aims(ctx.classes)
+    found = torch.full((ctx.classes,), math.inf)
     if known is not None:
-        return Shortcut(kind, spread.index_copy(0, aims[: len(known)], known[: len(aims)].float()), tried=True)
-    found = recover(ctx, kind, aims, 0)
-    before = costs(ctx, found, SAMPLES) if made.relative else torch.ones(len(aims))
-    invert(ctx, found, STEPS * max(1, round(classes / 10)), batch_size=BATCH)
-    return Shortcut(kind, spread.index_copy(0, aims, costs(ctx, found, SAMPLES) / before), found=found)
+        return Shortcut(kind, found.index_copy(0, aims[: len(known)], known[: len(aims)].float()), tried=True)
+    before = torch.ones(ctx.classes)
+    kept: list[tuple[StandIn, int, int]] = []
+    start = recover(ctx, kind, aims[:1], 0)
+    for group in aims.split(TOGETHER):
+        ctx.generator.manual_seed(seed)
+        triggers = copied(ctx, kind, [(start, 0, int(k)) for k in group])
+        if made.relative:
+            before[group] = costs(ctx, triggers, SAMPLES, paired=True)
+        invert(ctx, triggers, FIRST, batch_size=BATCH, paired=True)
+        found[group] = costs(ctx, triggers, SAMPLES, paired=True) / before[group]
+        rows = [*kept, *((triggers, i, int(k)) for i, k in enumerate(group))]
+        cheapest = sorted(rows, key=lambda row: float(found[row[2]]))[:KEPT]
+        best = copied(ctx, kind, cheapest)
+        kept = [(best, i, k) for i, (_, _, k) in enumerate(cheapest)]
+    invert(ctx, best, LAST, batch_size=BATCH, paired=True)
+    found[best.classes] = costs(ctx, best, SAMPLES, paired=True) / before[best.classes]
+    return Shortcut(kind, found, found=best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,7 +36,7 @@ def scan(
     threshold: Annotated[
         float, typer.Option("--threshold", help="Score above which a model is suspicious: 0.9 takes one clean model in ten for bad.")
     ] = 0.9,
-    trigger_steps: Annotated[int, typer.Option("--trigger-steps", help="Steps to recover the trigger of a suspected class.")] = 40,
+    trigger_steps: Annotated[int, typer.Option("--trigger-steps", help="Steps to sharpen the trigger of a suspected class.")] = 15,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="Print SARIF 2.1.0 and nothing else, for code scanning.")] = False,
     **shared: Any,
 ) -> None:
@@ -48,18 +49,22 @@ def scan(
     file, as_json = options.pop("recipe"), options.pop("as_json")
     arguments.pop("as_sarif")
     with errors():
-        quiet(as_json or as_sarif)
         if as_json and as_sarif:
             raise ConfigError("--json and --sarif both take the terminal for themselves: choose one; -o writes the JSON as well")
-        from hf_purify.recipe import ScanRecipe
-        from hf_purify.scanner import run_scan
-
-        settings = given_settings(context, arguments | options)
-        recipe = ScanRecipe.read(file, **settings) if file else ScanRecipe.make(**settings)
-        found = run_scan(recipe)
-        show_diagnosis(found, recipe.output, as_json, as_sarif)
-        if found.suspicious:
+        if run_scan_job(file, given_settings(context, arguments | options), as_json, as_sarif):
             raise typer.Exit(SUSPICIOUS)
+
+
+def run_scan_job(preset: Path | None, settings: dict[str, Any], as_json: bool, as_sarif: bool = False) -> bool:
+    """Scan as a recipe's file, if there is one, and settings say, and show what was found; whether the model is suspicious."""
+    from hf_purify.recipe import ScanRecipe
+    from hf_purify.scanner import run_scan
+
+    quiet(as_json or as_sarif)
+    recipe = ScanRecipe.read(preset, **settings) if preset else ScanRecipe.make(**settings)
+    found = run_scan(recipe)
+    show_diagnosis(found, recipe.output, as_json, as_sarif)
+    return found.suspicious
 
 
 def show_diagnosis(found: Diagnosis, output: str | None, as_json: bool, as_sarif: bool) -> None:

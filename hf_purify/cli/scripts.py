@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hf_purify.cli.scan import run_scan_job
 from hf_purify.cli.shield import Command
 from hf_purify.cli.terminal import errors, quiet, run_job
 from hf_purify.specs import read_settings
@@ -17,7 +18,7 @@ def run_script(job: str, arguments: list[str]) -> None:
     """A job as `accelerate launch` runs it, from a preset and `key=value` settings; ends the process.
 
     Args:
-        job: `purify`, `implant` or `measure`.
+        job: `purify`, `implant`, `measure` or `scan`.
         arguments: a YAML recipe or the name of a preset, if any, then settings; `options.lr=0.1` is one of the method's.
     """
 
@@ -32,7 +33,10 @@ def run_script(job: str, arguments: list[str]) -> None:
     ) -> None:
         with errors():
             preset, given = read_settings(settings)
-            run_job(job, preset, given, as_json)
+            if job == "scan":
+                run_scan_job(preset, given, as_json)
+            else:
+                run_job(job, preset, given, as_json)
 
     command.__doc__ = f"Run one {job} job on any number of processes: accelerate launch -m hf_purify_recipes.{job} PRESET key=value ..."
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")

@@ -9,8 +9,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from commands import run
+from commands import launch, run
+from PIL import Image
 from shrunk import RESNET
+from torchvision.transforms import functional as TF
 
 from hf_purify import PurifyError, implant, purify, scan, shortcuts
 from hf_purify.diagnosis import Diagnosis, read_diagnosis
@@ -34,28 +36,36 @@ def innocent(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two steps, where its outcome does not matter."""
-    monkeypatch.setattr(shortcuts, "STEPS", 2)
+    monkeypatch.setattr(shortcuts, "FIRST", 2)
+    monkeypatch.setattr(shortcuts, "LAST", 1)
+
+
+def planted(data: datasets.Dataset, rows: list[int], target: int | None = None) -> datasets.Dataset:
+    """Images of which some carry the trigger, and a column that says which; with a target, its label, too."""
+    name, options = parse_spec(TRIGGER)
+    trigger = find_trigger(find("adapter", "vision")(), name, **options)
+
+    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
+        image = row["image"].convert("RGB")
+        if i not in rows:
+            return {"image": image, "label": row["label"], "poisoned": False}
+        painted = trigger(TF.pil_to_tensor(image), i)
+        shown = Image.fromarray(painted.permute(1, 2, 0).numpy())
+        return {"image": shown, "label": row["label"] if target is None else target, "poisoned": True}
+
+    return data.map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def others(data: datasets.Dataset, count: int) -> list[int]:
+    """The first images that are not of class 0."""
+    return [i for i, label in enumerate(data["label"]) if label != 0][:count]
 
 
 @pytest.fixture(scope="module")
 def suspects(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Test images, of which some carry the trigger, and a column that says which."""
-    name, options = parse_spec(TRIGGER)
-    trigger = find_trigger(find("adapter", "vision")(), name, **options)
     test = data[1].select(range(120))
-    rows = [i for i, label in enumerate(test["label"]) if label != 0][:40]
-
-    def plant(row: dict[str, Any], i: int) -> dict[str, Any]:
-        from PIL import Image
-        from torchvision.transforms import functional as TF
-
-        image = row["image"].convert("RGB")
-        painted = trigger(TF.pil_to_tensor(image), i)
-        shown = Image.fromarray(painted.permute(1, 2, 0).numpy()) if i in rows else image
-        return {"image": shown, "label": row["label"], "poisoned": i in rows}
-
     file = tmp_path_factory.mktemp("suspects") / "suspects.parquet"
-    test.map(plant, with_indices=True, keep_in_memory=True, load_from_cache_file=False).to_parquet(file)
+    planted(test, others(test, 40)).to_parquet(file)
     return file
 
 
@@ -88,7 +98,8 @@ def test_samples_with_the_trigger_come_first(scanned: Path) -> None:
     assert ranking is not None
     assert (len(ranking.scores), ranking.poisoned) == (120, 40)
     assert ranking.auroc is not None
-    assert ranking.auroc > 0.85
+    assert ranking.auroc > 0.95
+    assert "recovered trigger" in ranking.about
     assert sorted(ranking.order) == list(range(120))
     assert [ranking.scores[i] for i in ranking.order] == sorted(ranking.scores, reverse=True)
 
@@ -128,6 +139,24 @@ def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_
     assert made.rows[0].asr["badnets"].value >= 0.9
     found = scan(str(tmp_path / "all"), data[0], samples=200, device="cpu")
     assert found.kind != "single-target"
+
+
+def test_a_clean_set_that_is_poisoned_is_told(victim: Path, data: Splits, scanned: Path) -> None:
+    some = data[0].select(range(200))
+    found = scan(str(victim), planted(some, others(some, 4), target=0), samples=None, device="cpu")
+    assert found.suspicious
+    assert any("look as if they carried the trigger" in warning for warning in found.warnings)
+    assert not any("look as if" in warning for warning in read_diagnosis(scanned).warnings), "nothing is planted there"
+
+
+def test_several_processes_scan_as_one_does(victim: Path, stored: Path, scanned: Path, tmp_path: Path) -> None:
+    clean, out = stored / "parquet" / "train.parquet", tmp_path / "scanned"
+    done = launch(2, f"model={victim}", f"clean={clean}", "samples=200", f"output={out}", module="hf_purify_recipes.scan")
+    assert done.returncode == 0, done.stderr
+    alone, together = read_diagnosis(scanned), read_diagnosis(out)
+    assert (together.suspicious, together.targets) == (True, alone.targets)
+    assert {s.name: s.statistic for s in together.signals} == pytest.approx({s.name: s.statistic for s in alone.signals}, abs=1e-3)
+    assert together.triggers[0].asr == alone.triggers[0].asr
 
 
 @pytest.mark.usefixtures("quick")
