@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/scan.py --output benchmarks/results/scan-cpu.json
 
 The network is trained for some epochs on the handwritten digits of the demo, so that there is a task to unlearn; the stem of ImageNet on 32 pixels unless told
-otherwise. The scan is all of it: signals of every kind for ten classes, a trigger recovered for one of them as if it were suspected, and the neurons. Runs are taken in turns.
+otherwise. The scan is all of it: signals of every kind for ten classes, a trigger sharpened for one of them as if it were suspected,
+the neurons, and a look at the clean samples. Runs are taken in turns.
 Exits with 1 where the scan costs more than the repair.
 """
 
@@ -19,7 +20,9 @@ from timing import CLASSES, context, finish, interleaved, machine, network, rati
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from hf_purify.inspection import odd_samples
 from hf_purify.methods.rnp import RNP
+from hf_purify.ranking import Ranker
 from hf_purify.recipe import ScanRecipe
 from hf_purify.recovery import recover_for
 from hf_purify.scanner import look
@@ -78,8 +81,12 @@ def main() -> int:
         ctx.generator.manual_seed(0)
         looked = look(ctx)
         seconds.update(looked.seconds)
-        found = recover_for(ctx, "patch", [0], STEPS)
+        begun = looked.shortcuts["patch"].found
+        assert begun is not None
+        target = int(begun.classes[0])
+        found = recover_for(ctx, "patch", [target], STEPS, begun)
         neuron_signals(ctx, ctx.neurons(), looked.forgotten, found)
+        odd_samples(ctx, Ranker(ctx, looked.forgotten, [target], found))
 
     def rnp() -> None:
         put_back(model, start)

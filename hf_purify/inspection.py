@@ -48,16 +48,15 @@ def look_at_clean(ctx: Context, clean: Examples, classes: int, names: Sequence[s
 
 def odd_samples(ctx: Context, ranker: Ranker) -> list[str]:
     """A warning where some of the clean samples look as if they carried the trigger themselves."""
-    scores = torch.cat([ranker.within(), ranker(ctx.judged)])
     labels = torch.cat([ctx.data.labels, ctx.judged.labels])
     odd = 0
-    for k in ranker.targets if ranker.triggered else ():  # planted samples have the attacker's label, and are few beside its genuine ones
-        own = scores[labels == k]
+    for k in ranker.triggered:  # planted samples have the attacker's label, and are few beside its genuine ones
+        own = ranker.of_clean(k)[labels == k]
         odd += int(((own > 0) & (mad_scores(own) > ODD)).sum()) if len(own) else 0
     if odd < FEWEST:
         return []
     return [
-        f"{odd} of the {len(scores)} clean samples look as if they carried the trigger: a clean set that is poisoned teaches a repair what it should remove. "
+        f"{odd} of the {len(labels)} clean samples look as if they carried the trigger: a clean set that is poisoned teaches a repair what it should remove. "
         "Rank them with suspects=... (--suspects) and look at the first ones"
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from scipy import stats
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from hf_purify.adapter import Batch, Examples
@@ -17,21 +17,22 @@ from hf_purify.method import Context
 from hf_purify.stand_in import StandIn
 from hf_purify.task import by_length, mode, put_back
 
+SAMPLES = 200  # clean ones that a recovered trigger is put on
 FEW = 8  # clean samples that a recovered trigger must lead to its class, for their features to be learned from
 FOLDS = 5
-BY_FEATURES = (
-    "the logarithm of how much likelier the sample's features in the unlearned model are with the recovered trigger than without it (linear discriminant "
-    "with a shrunken covariance)"
-)
 BY_LOGIT = "the unlearned model's logit of a suspected class, less its mean over clean samples of that class, in their standard deviations"
+BY_BOTH = (
+    f"{BY_LOGIT}; and how much likelier the sample's features there are with the recovered trigger than without it, as a logarithm (linear discriminant), in "
+    "standard deviations over clean samples"
+)
 
 
 class Ranker:
     """Scores samples by what the unlearned model says of them, without their labels.
 
     Clean features are partly gone from the unlearned model and the trigger's are not (Li et al., RNP, ICML 2023). Genuine samples of the attacker's class have a
-    large logit there, too; how clean samples look with the recovered trigger on them tells the two apart. Where no trigger was recovered that leads clean samples
-    to its class, logits are compared.
+    large logit there, too; how clean samples look with the recovered trigger on them tells the two apart, where one was recovered that leads clean samples to
+    its class.
 
     Args:
         targets: the suspected classes; where there are none, all are looked at.
@@ -41,36 +42,39 @@ class Ranker:
     def __init__(self, ctx: Context, forgotten: Forgotten, targets: Sequence[int], found: StandIn | None = None) -> None:
         self.ctx, self.forgotten, self.targets = ctx, forgotten, targets
         self.clean = self._read(ctx.data)
-        self.triggered = self._with(found) if found is not None else []
+        self.triggered = self._with(found) if found is not None else {}
 
     @property
     def about(self) -> str:
         """What the scores are."""
-        return BY_FEATURES if self.triggered else BY_LOGIT
+        return BY_BOTH if self.triggered else BY_LOGIT
 
     def __call__(self, samples: Examples) -> Tensor:
         """Scores `(n,)`, higher = more suspicious."""
         logits, features = self._read(samples)
-        if self.triggered:
-            return _log_odds(self.clean[1], self.triggered, features)
         scores = torch.full((len(samples),), -math.inf)
         for k in self.targets or range(self.ctx.classes):
             own = self.clean[0][self.ctx.data.labels == k, k]
             base = own if len(own) > 1 else self.clean[0][:, k]
-            scores = scores.maximum((logits[:, k] - base.mean()) / base.std().clamp_min(1e-6))
+            score = (logits[:, k] - base.mean()) / base.std().clamp_min(1e-6)
+            if k in self.triggered:
+                odds = log_odds(self.clean[1], self.triggered[k], torch.cat([features, self.clean[1]]))
+                score += odds[: len(samples)] / odds[len(samples) :].std().clamp_min(1e-6)
+            scores = scores.maximum(score)
         return scores
 
-    def within(self) -> Tensor:
-        """Scores `(n,)` of the clean samples that it learns from, each by what the others show; NaN where nothing can be learned."""
-        features = self.clean[1]
-        fold, scores = torch.arange(len(features)) % FOLDS, torch.full((len(features),), math.nan)
-        for k in range(FOLDS) if self.triggered else ():
-            scores[fold == k] = _log_odds(features[fold != k], self.triggered, features[fold == k])
-        return scores
+    def of_clean(self, target: int) -> Tensor:
+        """Log odds `(n,)` that the features of all clean samples are those of a recovered trigger; of those that they are learned from, each by what the others show."""
+        features, with_it = self.clean[1], self.triggered[target]
+        fold, scores = torch.arange(len(features)) % FOLDS, torch.empty(len(features))
+        for k in range(FOLDS):
+            scores[fold == k] = log_odds(features[fold != k], with_it, features[fold == k])
+        return torch.cat([scores, log_odds(features, with_it, self._read(self.ctx.judged)[1])])
 
-    def _with(self, found: StandIn) -> list[Tensor]:
+    def _with(self, found: StandIn) -> dict[int, Tensor]:
         """By suspected class, the features of clean samples of others which its trigger leads there."""
-        ctx, data, kept = self.ctx, self.ctx.data, []
+        ctx, kept = self.ctx, {}
+        data = ctx.data.select(torch.randperm(len(ctx.data), generator=torch.Generator().manual_seed(0))[:SAMPLES])
         for position, target in enumerate(self.targets):
 
             def place(rows: Tensor, position: int = position) -> Batch:
@@ -80,7 +84,7 @@ class Ranker:
             said = _run(ctx, data, place)[0].argmax(-1)
             reached = (said == target) & (data.labels != target)
             if int(reached.sum()) >= FEW:
-                kept.append(self._read(data, place)[1][reached])
+                kept[target] = self._read(data, place)[1][reached]
         return kept
 
     def _read(self, samples: Examples, place: Callable[[Tensor], Batch] | None = None) -> tuple[Tensor, Tensor]:
@@ -125,14 +129,18 @@ def _at_head(ctx: Context) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _log_odds(clean: Tensor, triggered: Sequence[Tensor], features: Tensor) -> Tensor:
-    """The largest log odds `(n,)` over triggers, both outcomes as likely before."""
-    best = torch.full((len(features),), -math.inf)
-    for with_it in triggered:
-        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.5, 0.5])
-        model.fit(torch.cat([clean, with_it]).numpy(), [0] * len(clean) + [1] * len(with_it))
-        best = best.maximum(torch.from_numpy(model.decision_function(features.numpy())).float())
-    return best
+def log_odds(clean: Tensor, triggered: Tensor, features: Tensor) -> Tensor:
+    """How much likelier features `(n, D)` are among the triggered than among the clean ones, as a logarithm `(n,)`.
+
+    A linear discriminant, with the covariance of Ledoit and Wolf (Journal of Multivariate Analysis, 2004).
+    """
+    clean, triggered = clean.double(), triggered.double()
+    center, other = clean.mean(0), triggered.mean(0)
+    spread = torch.cat([clean - center, triggered - other])
+    scale = spread.std(0).clamp_min(1e-9)
+    covariance, _ = ledoit_wolf((spread / scale).numpy(), assume_centered=True)
+    direction = torch.linalg.solve(torch.from_numpy(covariance), (other - center) / scale) / scale
+    return ((features.double() - (center + other) / 2) @ direction).float()
 
 
 def auroc(scores: Tensor, positive: Tensor) -> tuple[float, list[float]]:
