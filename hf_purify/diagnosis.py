@@ -149,7 +149,7 @@ class Diagnosis:
         targets: the classes that a backdoor seems to lead to; empty for `none`.
         labels: names of all classes, in order.
         signals: what was looked at; those that this model or modality does not have are there, too, and say why.
-        layers: one entry a neuron group, from input to output.
+        layers: one entry a neuron group, from input to output; none where nothing is suspicious.
         neurons: how many neurons the model has in all.
         ranked_by: which scores the neurons were ranked by.
         agreement: rank correlation (Spearman) of the neuron signals, by pair of names.

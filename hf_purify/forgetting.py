@@ -48,7 +48,7 @@ class Forgotten:
 def forget(ctx: Context) -> Forgotten:
     """Unlearn the clean task a little, and leave the model as it was."""
     norms = any(hasattr(m, "running_mean") for m in ctx.model.modules())
-    lr = 0.006 if norms else 5e-4  # to begin with; it controls itself
+    lr = 0.01 if norms else 5e-4  # to begin with; it controls itself
     start = ctx.accuracy()
     original = snapshot(ctx.model)
     try:

@@ -148,34 +148,73 @@ def tune_mask(
 SPARSITY = 20.0  # weight of a recovered trigger's size beside the loss that it reaches
 
 
-def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2, paired: bool = False) -> None:
+def invert(task: Task, stand_in: StandIn, steps: int, *, batch_size: int = 100, lr: float = 0.2) -> None:
     """Recover triggers: what, put on clean samples of other classes, makes the model see each one's class, and is small.
 
     All of them share each step, a sample going to one drawn at random, so that a step costs one forward and backward pass
     whatever their number. The model is left alone.
-
-    Args:
-        paired: every sample of a step goes to all of the triggers.
     """
-    count = len(stand_in.classes)
 
     def objective(batch: Batch) -> Tensor:
-        size = len(batch["labels"])
-        if paired:
-            batch, which = each(batch, count), torch.arange(count).repeat(size)
-        else:
-            which = torch.randint(count, (size,), generator=task.generator)
-        losses, others = _losses(task, stand_in, batch, which.to(task.device))
+        which = torch.randint(len(stand_in.classes), (len(batch["labels"]),), generator=task.generator).to(task.device)
+        losses, others = _losses(task, stand_in, batch, which)
         return losses.sum() / others.sum().clamp(min=1) + SPARSITY * stand_in.size().mean()
 
-    at_once = min(batch_size, max(1, task.adapter.at_once // count) if paired else task.adapter.at_once)
-    config = TrainConfig(steps=steps, batch_size=at_once, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
-    train(task, stand_in.parameters(), config, objective=objective, changed=list(stand_in.buffers()), title="recover triggers")
+    _invert(task, stand_in, objective, steps, min(batch_size, task.adapter.at_once), lr)
 
 
-def each(batch: Batch, count: int) -> Batch:
-    """A batch with each sample so many times, one behind the other."""
-    return {name: values.repeat_interleave(count, 0) for name, values in batch.items()}
+def compare(task: Task, stand_in: StandIn, steps: int, first: int, kept: int, *, batch_size: int, samples: int, lr: float = 0.2) -> Tensor:
+    """Recover triggers so that they can be compared: all see the same samples in the same order, and none takes part in another's steps.
+
+    Args:
+        first: steps for all of them; the rest are for the cheapest.
+        kept: how many these are.
+        batch_size: samples a step, each of which goes to every trigger.
+        samples: that costs are read on.
+
+    Returns:
+        What each costs, `(S,)`, on the same samples; of those that were left behind, when they were.
+    """
+    found = torch.empty(len(stand_in.classes))
+    going = torch.arange(len(stand_in.classes))
+
+    def objective(batch: Batch) -> Tensor:
+        count, size = len(going), len(batch["labels"])
+        repeated = {name: values.repeat_interleave(count, 0) for name, values in batch.items()}
+        losses, others = _losses(task, stand_in, repeated, going.repeat(size).to(task.device))
+        by_trigger = losses.view(size, count).sum(0) / others.view(size, count).sum(0).clamp(min=1)
+        return (by_trigger + SPARSITY * stand_in.size()[going]).sum()
+
+    def narrow(step: int) -> None:
+        nonlocal going
+        if step == first:  # read even if all go on: other triggers, that are compared with these, must see the same samples afterwards
+            found[going] = costs(task, stand_in, samples, same=going)
+            going = found.argsort(stable=True)[:kept].sort().values
+
+    _invert(task, stand_in, objective, steps, max(1, min(batch_size, task.adapter.at_once // len(going))), lr, narrow)
+    found[going] = costs(task, stand_in, samples, same=going)
+    return found
+
+
+def _invert(
+    task: Task,
+    stand_in: StandIn,
+    objective: Callable[[Batch], Tensor],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    config = TrainConfig(steps=steps, batch_size=batch_size, replacement=True, optimizer="adamw", lr=lr, momentum=0.5, mode="eval")
+    train(
+        task,
+        stand_in.parameters(),
+        config,
+        objective=objective,
+        after_step=after_step,
+        changed=list(stand_in.buffers()),
+        title="recover triggers",
+    )
 
 
 def glance(task: Task, kind: str) -> Tensor | None:
@@ -214,23 +253,23 @@ def copied(task: Task, kind: str, rows: Sequence[tuple[StandIn, int, int]]) -> S
 
 
 @torch.no_grad()
-def costs(task: Task, stand_in: StandIn, samples: int = 64, *, paired: bool = False) -> Tensor:
+def costs(task: Task, stand_in: StandIn, samples: int = 64, same: Tensor | None = None) -> Tensor:
     """What inversion left of its objective, `(S,)`: the loss on up to `samples` clean samples of other classes, and the size.
 
     Args:
-        paired: on the same samples for all triggers.
+        same: positions of triggers to be read alone, on the same samples; without them each is read on samples of its own.
     """
-    count = len(stand_in.classes)
-    draws = [torch.randperm(len(task.data), generator=task.generator)[:samples] for _ in range(1 if paired else count)]
-    chosen = torch.cat(draws * (count if paired else 1))
-    which = torch.arange(count).repeat_interleave(len(chosen) // count)
-    total, seen = (torch.zeros(count, device=task.device) for _ in range(2))
+    rows = torch.arange(len(stand_in.classes)) if same is None else same
+    draws = [torch.randperm(len(task.data), generator=task.generator)[:samples] for _ in (rows if same is None else range(1))]
+    chosen = torch.cat(draws if same is None else draws * len(rows))
+    which = rows.repeat_interleave(len(chosen) // max(1, len(rows)))
+    total, seen = (torch.zeros(len(stand_in.classes), device=task.device) for _ in range(2))
     with mode(task.model, "eval"):
         for indices, some in zip(*(v.split(task.adapter.at_once) for v in (chosen, which.to(task.device))), strict=True):
             losses, others = _losses(task, stand_in, fetch(task, indices), some)
             total.index_add_(0, some, losses)
             seen.index_add_(0, some, others)
-    return (total / seen.clamp(min=1) + SPARSITY * stand_in.size()).cpu()
+    return (total / seen.clamp(min=1) + SPARSITY * stand_in.size())[rows.to(task.device)].cpu()
 
 
 def _losses(task: Task, stand_in: StandIn, batch: Batch, which: Tensor) -> tuple[Tensor, Tensor]:

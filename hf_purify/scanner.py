@@ -151,11 +151,13 @@ def diagnose(
     judged = judge(looked.shortcuts, forgotten, calibration, recipe.threshold)
     with timed(seconds, "trigger"):
         made, triggers = find_triggers(ctx, loaded, judged, recipe.trigger_steps, looked)
-    with timed(seconds, "neurons"):
-        index = ctx.neurons()
-        scores = neuron_signals(ctx, index, forgotten, made)
-        ranked = ACTIVATION if ACTIVATION in scores else CHANGE
-        flags = suspected(index, scores[ranked]) if judged.suspicious else torch.zeros(len(index), dtype=torch.bool)
+    layers, ranked, agreed = [], "", {}
+    index = ctx.neurons()
+    if judged.suspicious:
+        with timed(seconds, "neurons"):
+            scores = neuron_signals(ctx, index, forgotten, made)
+            ranked = ACTIVATION if ACTIVATION in scores else CHANGE
+            layers, agreed = shown_layers(index, scores[ranked], suspected(index, scores[ranked])), agreement(scores)
     ranking, odd = None, []
     with timed(seconds, "samples"):
         ranker = Ranker(ctx, forgotten, judged.targets, made) if judged.targets or suspects else None
@@ -173,10 +175,10 @@ def diagnose(
         targets=judged.targets,
         labels=loaded.labels or [str(k) for k in range(session.classes)],
         signals=judged.signals,
-        layers=shown_layers(index, scores[ranked], flags),
+        layers=layers,
         neurons=len(index),
         ranked_by=ranked,
-        agreement=agreement(scores),
+        agreement=agreed,
         triggers=triggers,
         suspects=ranking,
         calibration=dict(calibration.facts) if calibration else {},

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_purify.method import Context
-from hf_purify.routines import copied, costs, invert, recover
+from hf_purify.routines import compare, copied, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 
-FIRST, LAST = 15, 30  # steps of the inversion: for all classes, and for the cheapest ones
-KEPT = 4  # of them: a cost is seen beside the third
+STEPS = 45  # of the inversion
+FIRST, KEPT = 15, 4  # after so many steps, only so many of the cheapest classes go on: a cost is seen beside the third
 BATCH = 5  # samples a step, each of which goes to every class
 SAMPLES = 32  # that a cost is read on
 TOGETHER = 10  # classes that are searched at once
@@ -65,8 +65,7 @@ class Shortcut:
 def shortcut(ctx: Context, kind: str) -> Shortcut:
     """What triggers of a kind cost.
 
-    Those of all classes begin alike and see the same samples in the same order, so that they differ by the class alone. After a first look, only those of the
-    cheapest classes are sharpened.
+    Those of all classes begin alike and see the same samples in the same order, so that they differ by the class alone.
     """
     made, seed = ctx.adapter.stand_ins(ctx.model)[kind], ctx.generator.initial_seed()
     with mode(ctx.model, "eval"), torch.no_grad():
@@ -75,20 +74,13 @@ def shortcut(ctx: Context, kind: str) -> Shortcut:
     found = torch.full((ctx.classes,), math.inf)
     if known is not None:
         return Shortcut(kind, found.index_copy(0, aims[: len(known)], known[: len(aims)].float()), tried=True)
-    before = torch.ones(ctx.classes)
-    kept: list[tuple[StandIn, int, int]] = []
     start = recover(ctx, kind, aims[:1], 0)
+    best: list[tuple[StandIn, int, int]] = []
     for group in aims.split(TOGETHER):
-        ctx.generator.manual_seed(seed)
         triggers = copied(ctx, kind, [(start, 0, int(k)) for k in group])
-        if made.relative:
-            before[group] = costs(ctx, triggers, SAMPLES, paired=True)
-        invert(ctx, triggers, FIRST, batch_size=BATCH, paired=True)
-        found[group] = costs(ctx, triggers, SAMPLES, paired=True) / before[group]
-        rows = [*kept, *((triggers, i, int(k)) for i, k in enumerate(group))]
-        cheapest = sorted(rows, key=lambda row: float(found[row[2]]))[:KEPT]
-        best = copied(ctx, kind, cheapest)
-        kept = [(best, i, k) for i, (_, _, k) in enumerate(cheapest)]
-    invert(ctx, best, LAST, batch_size=BATCH, paired=True)
-    found[best.classes] = costs(ctx, best, SAMPLES, paired=True) / before[best.classes]
-    return Shortcut(kind, found, found=best)
+        ctx.generator.manual_seed(seed)
+        found[group] = compare(ctx, triggers, STEPS, FIRST, KEPT, batch_size=BATCH, samples=SAMPLES)
+        rows = sorted([*best, *((triggers, i, int(k)) for i, k in enumerate(group))], key=lambda row: float(found[row[2]]))[:KEPT]
+        kept = copied(ctx, kind, rows)
+        best = [(kept, i, k) for i, (_, _, k) in enumerate(rows)]
+    return Shortcut(kind, found, found=best[0][0])

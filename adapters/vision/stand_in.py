@@ -5,11 +5,14 @@ A patch is small in pixels, a blended picture or a sine wave in frequencies, a w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_purify.adapter import Examples
+from hf_purify.adapter import Batch, Examples
 
 from .._stand_ins import Look, OnInputs, rows
 
@@ -90,30 +93,47 @@ class Waves(Spectrum):
     late = True
     highest = 8  # periods along a side of the waves that are tried
     faint = 0.045  # their amplitude, as a share of the range of the inputs
-    tried = 8  # samples
+    tried, glanced = 8, 4  # samples, and those that all waves are put on
+    best = 3  # waves by class that the rest are put on
 
     @classmethod
     def probe(cls, data: Examples, logits: Look) -> Tensor:
         """Every plane wave up to 8 periods is put on a few samples of different classes: no gradient leads to a single faint one."""
-        rows = torch.cat([(data.labels == c).nonzero().flatten()[:1] for c in data.labels.unique()])[: cls.tried]
-        batch = data.batch(rows)
-        images, labels = batch[cls.key], batch["labels"]
-        items = images.flatten(0, -4)
-        channels = (0, 2, 3)
-        low, high = items.amin(channels, keepdim=True), items.amax(channels, keepdim=True)
-        down, right = torch.meshgrid(*(torch.arange(side) / side for side in images.shape[-2:]), indexing="ij")
+        some = torch.cat([(data.labels == c).nonzero().flatten()[:1] for c in data.labels.unique()])[: cls.tried]
+        down, right = torch.meshgrid(*(torch.arange(side) / side for side in data.batch(some)[cls.key].shape[-2:]), indexing="ij")
         waves = [(u, v) for u in range(cls.highest + 1) for v in range(-cls.highest, cls.highest + 1) if u > 0 or v > 0]
+        items = data.batch(some)[cls.key].flatten(0, -4)
+        spread = cls.faint * (items.amax((0, 2, 3), keepdim=True) - items.amin((0, 2, 3), keepdim=True))
+        patterns = [spread * torch.sin(2 * torch.pi * (u * down + v * right)) for u, v in waves]
+        first, rest = some[: cls.glanced], some[cls.glanced :]
+        seen = cls._with(data.batch(first), patterns, logits)  # (waves, samples, K)
+        if not len(rest):
+            return -_towards(seen, data.labels[first]).amax(0)
+        best = _towards(seen, data.labels[first]).topk(min(cls.best, len(waves)), 0).indices.unique()
+        seen = torch.cat([seen[best], cls._with(data.batch(rest), [patterns[i] for i in best], logits)], 1)
+        return -_towards(seen, data.labels[some]).amax(0)
+
+    @classmethod
+    def _with(cls, batch: Batch, patterns: Sequence[Tensor], logits: Look) -> Tensor:
+        """Log probabilities `(P, B, K)` of samples with each pattern on them."""
+        images = batch[cls.key]
+        items = images.flatten(0, -4)
+        low, high = (f((0, 2, 3), keepdim=True) for f in (items.amin, items.amax))
         found = []
-        for u, v in waves:
-            pattern = torch.sin(2 * torch.pi * (u * down + v * right))
-            changed = (items + cls.faint * (high - low) * pattern).maximum(low).minimum(high)
+        for pattern in patterns:
+            changed = (items + pattern).maximum(low).minimum(high)
             found.append(logits({**batch, cls.key: changed.view_as(images)}).float().log_softmax(-1).cpu())
-        log_p = torch.stack(found)  # (waves, samples, K)
-        return torch.stack([-log_p[:, labels != k, k].mean(1).max() for k in range(log_p.shape[2])])
+        return torch.stack(found)
 
     def size(self) -> Tensor:
         waves = torch.stack([self.cosines, self.sines]).tanh().square().sum(0).mean(1, keepdim=True)
         return 5 * (self.gate.sigmoid() * (waves + 1e-12).sqrt()).mean((1, 2, 3))
+
+
+def _towards(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Mean log probability `(P, K)` of each class over samples of others; of a class that all samples are of, nothing speaks."""
+    others = (labels[:, None] != torch.arange(log_p.shape[2])).float()  # (samples, K)
+    return torch.where(others.sum(0) > 0, (log_p * others).sum(1) / others.sum(0).clamp(min=1), -math.inf)
 
 
 class Warp(_Pictures):

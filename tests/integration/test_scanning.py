@@ -36,8 +36,7 @@ def innocent(data: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two steps, where its outcome does not matter."""
-    monkeypatch.setattr(shortcuts, "FIRST", 2)
-    monkeypatch.setattr(shortcuts, "LAST", 1)
+    monkeypatch.setattr(shortcuts, "STEPS", 2)
 
 
 def planted(data: datasets.Dataset, rows: list[int], target: int | None = None) -> datasets.Dataset:

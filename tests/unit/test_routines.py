@@ -19,7 +19,19 @@ from hf_purify.loop import TrainConfig, train
 from hf_purify.masks import MASK_NAME, bake
 from hf_purify.neurons import NeuronIndex, get_tensor, owned
 from hf_purify.registry import find, make_method
-from hf_purify.routines import SPARSITY, costs, forgetting_level, recover, refresh_norms, relearn, reset_neurons, tune_mask, unlearn
+from hf_purify.routines import (
+    SPARSITY,
+    compare,
+    copied,
+    costs,
+    forgetting_level,
+    recover,
+    refresh_norms,
+    relearn,
+    reset_neurons,
+    tune_mask,
+    unlearn,
+)
 from hf_purify.task import Task, mode, reading
 
 CLASSES = 4
@@ -309,6 +321,27 @@ def test_inversion_recovers_a_planted_trigger_and_leaves_the_model_alone() -> No
     found = stand_in.place(batch, torch.full((int(others.sum()),), 3))
     assert torch.equal(found["labels"], batch["labels"])
     assert float((task.model(found["pixel_values"]).argmax(1) == 3).float().mean()) > 0.8
+
+
+@pytest.mark.parametrize("kind", ["patch", "spectrum", "warp"])
+def test_triggers_are_compared_as_if_each_were_alone(kind: str) -> None:
+    """What one costs does not hang on those beside it, so that many classes can be searched some at a time."""
+    task, _ = backdoored()
+
+    def compared(classes: list[int], kept: int) -> Tensor:
+        task.generator.manual_seed(5)
+        start = recover(task, kind, torch.tensor([0]), 0)
+        triggers = copied(task, kind, [(start, 0, k) for k in classes])
+        task.generator.manual_seed(7)
+        return compare(task, triggers, 12, 5, kept, batch_size=4, samples=20)
+
+    together = compared(list(range(CLASSES)), CLASSES)
+    torch.testing.assert_close(torch.cat([compared([k], 1) for k in range(CLASSES)]), together, rtol=1e-3, atol=1e-4)
+    few = compared(list(range(CLASSES)), 2)
+    going = [k for k in range(CLASSES) if torch.isclose(few[k], together[k], rtol=1e-3)]
+    assert len(going) == 2, "the others were left behind, with what they cost then"
+    assert 3 in going or kind != "patch"
+    assert all(few[k] > together[k] for k in range(CLASSES) if k not in going)
 
 
 def test_costs_are_the_loss_on_other_classes_and_the_size() -> None:
