@@ -34,7 +34,7 @@ from hf_purify.recovery import describe, recover_for
 from hf_purify.registry import find, find_trigger
 from hf_purify.scanner import look, open_scan
 from hf_purify.session import Session
-from hf_purify.shortcuts import Shortcut
+from hf_purify.shortcuts import Shortcut, shortcut
 from hf_purify.specs import parse_spec
 from hf_purify.suspicion import change_by, neuron_signals, suspected
 from hf_purify.triggers import make_rule, trigger_all
@@ -42,7 +42,7 @@ from hf_purify_recipes.populations import PARTS, of_part
 
 log = logging.getLogger(__name__)
 SCORE = ScanRecipe.threshold  # above it a model is called suspicious
-DATA = {"vision": "CIFAR-10, 32 pixels", "text": "SST-2 and AG News, small encoders trained from random weights"}
+DATA = {"vision": "photographs of 32 pixels, CIFAR-10 and GTSRB", "text": "SST-2 and AG News, small encoders trained from random weights"}
 NOTHING = Forgotten({}, {}, torch.eye(2), 0.0, 0, None)  # what the verdict does not depend on
 SUSPECTS = 200  # test samples with, and as many without the trigger
 
@@ -70,6 +70,9 @@ def signals_cell(population: Any, member: Any, folder: Path) -> dict[str, Any]:
         "kind": member.kind,
         "targets": list(member.targets),
         "backdoored": member.backdoored,
+        "calibrates": member.calibrates,
+        "data": member.dataset,
+        "rule": member.rule,
         "part": member.part,
         "classes": session.classes,
         "statistics": looked.statistics,
@@ -104,7 +107,9 @@ def verdict_cell(population: Any, member: Any, folder: Path, first: Mapping[str,
     }
     found = None
     if judged.targets:
-        found = recover_for(ctx, judged.by, judged.targets, population.recipe_of(member, folder).trigger_steps)
+        ctx.generator.manual_seed(ctx.generator.initial_seed())
+        begun = shortcut(ctx, judged.by).found  # the first pass kept no triggers
+        found = recover_for(ctx, judged.by, judged.targets, population.recipe_of(member, folder).trigger_steps, begun)
         triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in range(len(judged.targets))]
         cell["triggers"] = [{"target": t.target, "asr": t.asr, "size": t.size, "words": t.words} for t in triggers]
     if len(member.targets) == 1:
@@ -166,14 +171,21 @@ def run(modality: str, folder: Path, part: str | None) -> None:
 
 
 def fit(cells: Iterable[Mapping[str, Any]]) -> Calibration:
-    """The calibration, from all clean models."""
-    return Calibration.fit([c["statistics"] for c in cells if not c["backdoored"]])
+    """The calibration, from all clean models that the score is to rest on."""
+    return Calibration.fit([c["statistics"] for c in cells if c["calibrates"]])
 
 
 def left_out(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The score of each clean model by a calibration that it has no part in."""
     clean = [c for c in cells if not c["backdoored"]]
     return {c["name"]: fit([d for d in clean if d is not c]).score(c["statistics"]) for c in clean}
+
+
+def of_calibrated_data(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Models for the data sets that the calibration knows clean models of."""
+    known = list(cells)
+    data = {c["data"] for c in known if c["calibrates"]}
+    return [dict(c) for c in known if c["data"] in data]
 
 
 def collected(modality: str, folder: Path) -> list[dict[str, Any]]:
@@ -187,8 +199,9 @@ def collected(modality: str, folder: Path) -> list[dict[str, Any]]:
 
 def facts(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """What a calibration says of itself: the models, false positives, and what was found."""
+    cells = of_calibrated_data(cells)
     scores = left_out(cells)
-    found = [judge(shortcuts_of(c), NOTHING, fit(cells), SCORE).suspicious for c in cells if c["backdoored"]]
+    found = [judge(shortcuts_of(c), NOTHING, fit(cells), SCORE).suspicious for c in cells if len(c["targets"]) == 1]
     return {
         "data of the models": DATA[modality_of(cells)],
         "clean models": len(scores),
@@ -196,7 +209,7 @@ def facts(cells: list[dict[str, Any]]) -> dict[str, Any]:
         f"clean models called suspicious at {SCORE:g}, each left out in its turn": str(
             Proportion(sum(s > SCORE for s in scores.values()), len(scores))
         ),
-        f"backdoored models found at {SCORE:g}": str(Proportion(sum(found), len(found))),
+        f"backdoored models with one target found at {SCORE:g}": str(Proportion(sum(found), len(found))),
     }
 
 

@@ -40,6 +40,16 @@ class Member:
     classes: int = 10
 
     @property
+    def dataset(self) -> str:
+        """What it tells classes of."""
+        raise NotImplementedError
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the score rests on it: a clean model for data of the kind that the score is for."""
+        return not self.backdoored
+
+    @property
     def backdoored(self) -> bool:
         return bool(self.triggers)
 

@@ -11,7 +11,8 @@ from typing import Any
 from hf_purify.calibration import Null
 from hf_purify.metrics import Proportion
 
-from .calibrate import SCORE, left_out
+from .calibrate import SCORE, left_out, of_calibrated_data
+from .populations import PARTS
 
 Cell = Mapping[str, Any]
 HEAD = """# {title}: what a scan says of models with and without a backdoor
@@ -27,6 +28,12 @@ Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scan
 """
 
 
+MOVED = (
+    "ResNet-44 and ResNet-56 were to be held out, and were moved to `calibrate` when the first of them was called suspicious. Then the search was changed (all "
+    "classes on the same samples) with both parts in view; those of the part `fresh` were trained and scanned afterwards: other data, kinds of networks, and seeds. "
+)
+
+
 def page(modality: str, cells: list[dict[str, Any]]) -> str:
     """The page as Markdown."""
     known = {
@@ -34,18 +41,18 @@ def page(modality: str, cells: list[dict[str, Any]]) -> str:
         "text": ("Text classification", "200", "and an architecture: ELECTRA"),
     }
     title, samples, other = known[modality]
-    moved = (
-        "ResNet-44 and ResNet-56 were to be held out, and were moved to `calibrate` when the first of them was called suspicious. "
-        if modality == "vision"
-        else ""
-    )
+    moved = MOVED if modality == "vision" else ""
+    same = of_calibrated_data(cells)
+    single = [c for c in same if len(c["targets"]) < 2]
     parts = [
         HEAD.format(title=title, modality=modality, samples=samples, other=other, moved=moved, score=SCORE),
-        rates(cells),
-        by_trigger(cells),
-        signals(cells),
+        rates(single),
+        by_trigger(single),
+        several(cells),
+        elsewhere([c for c in cells if c["data"] not in {d["data"] for d in same}], cells),
+        signals(single),
     ]
-    return "".join([*parts, neurons(cells), samples_table(cells), details(cells)])
+    return "".join([*parts, neurons(single), samples_table(single), details(cells)])
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -70,7 +77,7 @@ def right_label(cell: Cell) -> bool:
 def rates(cells: list[dict[str, Any]]) -> str:
     scores = left_out(cells)
     rows = []
-    for part in ("calibrate", "held-out"):
+    for part in [p for p in PARTS if any(c["part"] == p for c in cells)]:
         found = [c for c in cells if c["part"] == part]
         clean = [c for c in found if not c["backdoored"]]
         planted = [c for c in judged(found) if c["backdoored"]]
@@ -100,9 +107,51 @@ def by_trigger(cells: list[dict[str, Any]]) -> str:
             ]
         )
     heads = ["backdoor", "found", "right label", "by", "ASR of the recovered trigger, mean, %"]
-    return "## By trigger, both parts\n\nThe recovered trigger's ASR is measured on held-out clean samples of other classes.\n\n" + table(
+    return "## By trigger, all parts\n\nThe recovered trigger's ASR is measured on held-out clean samples of other classes.\n\n" + table(
         heads, rows
     )
+
+
+def several(cells: list[dict[str, Any]]) -> str:
+    """Backdoors that lead to several classes."""
+    found = [c for c in judged(cells) if len(c["targets"]) > 1]
+    if not found:
+        return ""
+    rows = [
+        [
+            c["name"],
+            "each class to the next" if c["rule"] == "all-to-all" else ", ".join(map(str, c["targets"])),
+            said(c),
+            f"{c['verdict']['score']:.3f}",
+        ]
+        for c in found
+    ]
+    wrong = Proportion(sum(c["verdict"]["kind"] == "single-target" for c in found), len(found))
+    text = f"Called single-target, which none of them is: {wrong}.\n\n"
+    return "## Several targets\n\n" + text + table(["model", "true targets", "verdict", "score"], rows)
+
+
+def elsewhere(cells: list[dict[str, Any]], known: list[dict[str, Any]]) -> str:
+    """Models for data that the calibration knows no clean model of."""
+    if not cells:
+        return ""
+    scores = left_out(known)
+    single = [c for c in cells if len(c["targets"]) < 2]
+    rows = [
+        [c["name"], "yes" if c["backdoored"] else "no", f"{scores.get(c['name'], c['verdict']['score']):.3f}", said(c)]
+        for c in judged(single)
+    ]
+    text = (
+        "Handwritten digits, of which the calibration knows no model: a stroke makes one digit of another, so that clean models have short ways between classes, too. "
+        "A score of such models says nothing.\n\n"
+    )
+    return "## Data of another kind\n\n" + text + table(["model", "backdoor", "score", "verdict"], rows)
+
+
+def said(cell: Cell) -> str:
+    """The verdict of a scan."""
+    v = cell["verdict"]
+    return v["kind"] + (f": {', '.join(map(str, v['targets']))}" if v["targets"] else "")
 
 
 def signals(cells: list[dict[str, Any]]) -> str:
@@ -180,7 +229,7 @@ def details(cells: list[dict[str, Any]]) -> str:
                 c["part"],
                 ", ".join(map(str, c["targets"])) or "-",
                 f"{scores.get(c['name'], v.get('score', math.nan)):.3f}",
-                (v.get("kind", "-") + (f": {', '.join(map(str, v['targets']))}" if v.get("targets") else "")) if v else "-",
+                said(c) if v else "-",
                 v.get("by", "-") if v.get("suspicious") else "-",
                 triggers or "-",
                 largest,

@@ -47,6 +47,10 @@ class Member(populations.Member):
     def name(self) -> str:
         return f"{self.network}-{self.data}-{self.about}"
 
+    @property
+    def dataset(self) -> str:
+        return self.data
+
     def split(self, name: str) -> str:
         """Its `train`, `validation` or `test` samples."""
         return str(victims.data_root() / FOLDERS[self.data] / f"{name}.parquet")

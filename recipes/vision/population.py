@@ -80,8 +80,12 @@ class Member(populations.Member):
 
     @property
     def dataset(self) -> str:
-        """Of which it tells classes."""
         return {"gtsrb_resnet": "gtsrb", "digits_resnet": "digits"}.get(self.network, "cifar10")
+
+    @property
+    def calibrates(self) -> bool:
+        """Digits are no photographs: a stroke makes one of another, in any model for them."""
+        return not self.backdoored and self.dataset != "digits"
 
     def split(self, name: str) -> Any:
         """Its `train` or `test` samples, as `clean` and `test` of a recipe take them."""
