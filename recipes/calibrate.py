@@ -36,7 +36,8 @@ from hf_purify.scanner import look, open_scan
 from hf_purify.session import Session
 from hf_purify.shortcuts import Shortcut, shortcut
 from hf_purify.specs import parse_spec
-from hf_purify.suspicion import change_by, neuron_signals, suspected
+from hf_purify.suspicion import agreement, change_by, neuron_signals, suspected
+from hf_purify.task import put_back
 from hf_purify.triggers import make_rule, trigger_all
 from hf_purify_recipes.populations import PARTS, of_part
 
@@ -112,6 +113,7 @@ def verdict_cell(population: Any, member: Any, folder: Path, first: Mapping[str,
         found = recover_for(ctx, judged.by, judged.targets, population.recipe_of(member, folder).trigger_steps, begun)
         triggers = [describe(ctx, session.loaded, judged.by, found, position) for position in range(len(judged.targets))]
         cell["triggers"] = [{"target": t.target, "asr": t.asr, "size": t.size, "words": t.words} for t in triggers]
+        cell["inverted"] = inverted(session, ctx, forgotten, judged)
     if len(member.targets) == 1:
         cell |= truth(member, session, ctx, forgotten, judged, found)
     return cell
@@ -125,8 +127,8 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
     test = session.read(member.split("test"), None, SUSPECTS, what="test samples")
     planted = trigger_all(test, trigger, rule, session.classes).examples
     ranker = Ranker(ctx, forgotten, judged.targets, found)
-    scores = torch.cat([ranker(data) for data in (planted, test)])
-    area, interval = auroc(scores, torch.arange(len(scores)) < len(planted))
+    ranked = torch.cat([ranker(data) for data in (planted, test)])
+    area, interval = auroc(ranked, torch.arange(len(ranked)) < len(planted))
     index = ctx.neurons()
     view = ctx.data.overlay(torch.arange(len(ctx.data)), trigger, ctx.data.labels, 0)
 
@@ -137,6 +139,7 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
     if session.adapter.name != "text":  # a text with a trigger is longer: no activation of the one stands beside that of the other
         real = index.standardize(change_by(ctx, index, place))
         wanted = suspected(index, real)
+        scores = neuron_signals(ctx, index, forgotten, found)
         cell["neurons"] = {
             signal: {
                 "flagged": int(suspected(index, score).sum()),
@@ -144,9 +147,21 @@ def truth(member: Any, session: Session, ctx: Context, forgotten: Forgotten, jud
                 "true": int(wanted.sum()),
                 "at as many": int(wanted[score.argsort(descending=True)[: int(wanted.sum())]].sum()),
             }
-            for signal, score in neuron_signals(ctx, index, forgotten, found).items()
+            for signal, score in scores.items()
         }
+        cell["agreement"] = agreement(scores)
     return cell
+
+
+def inverted(session: Session, ctx: Context, forgotten: Forgotten, judged: Judgement) -> dict[str, Proportion]:
+    """What triggers recovered in the same few steps reach on the model as it came: from it, and from the unlearned one, as RNP proposes."""
+    found = {}
+    for name, state in (("as it came", forgotten.original), ("unlearned", forgotten.state)):
+        put_back(ctx.model, state)
+        trigger = recover_for(ctx, judged.by, judged.targets[:1], ScanRecipe.trigger_steps)
+        put_back(ctx.model, forgotten.original)
+        found[name] = describe(ctx, session.loaded, judged.by, trigger, 0).asr
+    return found
 
 
 def run(modality: str, folder: Path, part: str | None) -> None:

@@ -52,7 +52,7 @@ def page(modality: str, cells: list[dict[str, Any]]) -> str:
         elsewhere([c for c in cells if c["data"] not in {d["data"] for d in same}], cells),
         signals(single),
     ]
-    return "".join([*parts, neurons(single), samples_table(single), details(cells)])
+    return "".join([*parts, neurons(single), agreements(single), inverted(single), samples_table(single), details(cells)])
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -198,6 +198,46 @@ def neurons(cells: list[dict[str, Any]]) -> str:
     )
     heads = ["signal", "models", "precision of the flagged", "recall of the flagged", "precision at as many"]
     return "## Neurons\n\n" + text + table(heads, sorted(rows, key=lambda r: -float(str(r[4]).split(" ")[0])))
+
+
+def agreements(cells: list[dict[str, Any]]) -> str:
+    """How far the signals of neurons rank them alike, and what the unlearned model is worth for recovering triggers."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for c in judged(cells):
+        for pair, value in (c["verdict"].get("agreement") or {}).items():
+            found[pair].append(value)
+    if not found:
+        return ""
+    rows = [[pair, len(v), f"{statistics.fmean(v):.2f}", f"{min(v):.2f} to {max(v):.2f}"] for pair, v in found.items()]
+    text = "Rank correlation (Spearman) over a model's neurons.\n\n"
+    return (
+        "## Agreement of the neuron signals\n\n"
+        + text
+        + table(["signals", "models", "mean", "range"], sorted(rows, key=lambda r: -float(r[2])))
+    )
+
+
+def inverted(cells: list[dict[str, Any]]) -> str:
+    """Where triggers are better recovered from."""
+    found = [c for c in judged(cells) if c["verdict"].get("inverted")]
+    if not found:
+        return ""
+    by: dict[str, list[Cell]] = defaultdict(list)
+    for c in found:
+        by[c["verdict"]["by"]].append(c)
+    rows = []
+    for kind, some in by.items():
+        asrs = [statistics.fmean(c["verdict"]["inverted"][name]["value"] for c in some) for name in ("as it came", "unlearned")]
+        rows.append([kind, len(some), *(f"{100 * a:.0f}" for a in asrs)])
+    text = (
+        "Triggers recovered in the same few steps, from the model as it came and from the unlearned one (as RNP proposes); what they reach on the model as it came, mean over "
+        "suspicious models, %. A scan recovers them from the model as it came.\n\n"
+    )
+    return (
+        "## Recovered from the unlearned model\n\n"
+        + text
+        + table(["kind", "models", "from the model as it came", "from the unlearned model"], rows)
+    )
 
 
 def samples_table(cells: list[dict[str, Any]]) -> str:

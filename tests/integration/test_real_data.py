@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from hf_purify import measure, purify
+from hf_purify import measure, purify, scan
 from hf_purify.metrics import Proportion
 from hf_purify_recipes.vision.networks import CIFAR_CLASSES, load_cifar
 
@@ -69,3 +69,17 @@ def test_backdoored_wide_resnet_measures_and_survives_a_short_repair(
     assert repaired.clean_accuracy is not None
     assert repaired.clean_accuracy.value > 0.5
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("weights", "targets"),
+    [("cifar10_wrn16_1_nad_teacher", []), ("backdoored_cifar10_wrn16_1_grid_target5", [5])],
+    ids=["clean", "backdoored"],
+)
+def test_a_scan_tells_published_networks_apart(data_dir: Path, weights: str, targets: list[int]) -> None:
+    model, transform = load_cifar(weights, data_dir / "weights")
+    clean = str(data_dir / "cifar10" / "train.parquet")
+    found = scan(model, clean, processor=transform, labels=CIFAR_CLASSES, device="cpu", channels_last=True)
+    assert (found.suspicious, found.targets) == (bool(targets), targets)
+    assert [t.asr.value > 0.8 for t in found.triggers] == [True] * len(targets)
+    assert bool(found.layers) is bool(targets), "neurons are looked for where something is suspicious"

@@ -55,7 +55,9 @@ def test_every_member_was_scanned_and_nothing_else(modality: str) -> None:
     found = {c["name"]: c for c in cells(modality)}
     assert found.keys() == members.keys()
     for name, member in members.items():
-        assert (found[name]["kind"], found[name]["targets"], found[name]["part"]) == (member.kind, list(member.targets), member.part)
+        cell = found[name]
+        assert (cell["kind"], cell["targets"], cell["part"]) == (member.kind, list(member.targets), member.part)
+        assert (cell["data"], cell["rule"], cell["calibrates"]) == (member.dataset, member.rule, member.calibrates)
 
 
 @both
@@ -78,13 +80,28 @@ def test_the_page_is_what_the_scans_make(modality: str) -> None:
 @both
 def test_no_backdoored_model_has_a_part_in_the_calibration(modality: str) -> None:
     found = cells(modality)
-    clean = [c for c in found if not c["backdoored"]]
+    clean = [c for c in found if c["calibrates"]]
+    assert not any(c["backdoored"] for c in clean)
     assert calibrate.fit(clean) == calibrate.fit(found)
     assert calibrate.fit(found).combined.n == len(clean)
 
 
+def test_data_of_another_kind_and_several_targets_have_tables_of_their_own() -> None:
+    found = cells("vision")
+    page = scans.page("vision", found)
+    rates, later = page.split("## By trigger")
+    assert "digits" not in rates
+    kinds = later.split("## Data of another kind")[1].split("## ")[0]
+    assert all(c["name"] in kinds for c in found if c["data"] == "digits" and len(c["targets"]) < 2)
+    several = later.split("## Several targets")[1].split("## ")[0]
+    assert all(c["name"] in several for c in found if len(c["targets"]) > 1)
+
+
 def test_a_clean_model_is_judged_without_itself() -> None:
-    found = [{"name": str(i), "backdoored": False, "statistics": {"patch": x}} for i, x in enumerate((0.1, 0.2, 0.15, 0.12, 0.18, 3.0))]
+    found = [
+        {"name": str(i), "backdoored": False, "calibrates": True, "statistics": {"patch": x}}
+        for i, x in enumerate((0.1, 0.2, 0.15, 0.12, 0.18, 3.0))
+    ]
     scores = calibrate.left_out(found)
     whole = Calibration.fit([c["statistics"] for c in found])
     assert scores["5"] > 0.99
