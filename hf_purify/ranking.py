@@ -137,9 +137,11 @@ def log_odds(clean: Tensor, triggered: Tensor, features: Tensor) -> Tensor:
     clean, triggered = clean.double(), triggered.double()
     center, other = clean.mean(0), triggered.mean(0)
     spread = torch.cat([clean - center, triggered - other])
-    scale = spread.std(0).clamp_min(1e-9)
+    scale = spread.std(0)
+    scale = scale.clamp_min(float(0.01 * scale.mean()) + 1e-9)  # a feature that hardly moves must not decide alone
     covariance, _ = ledoit_wolf((spread / scale).numpy(), assume_centered=True)
-    direction = torch.linalg.solve(torch.from_numpy(covariance), (other - center) / scale) / scale
+    ridge = 1e-6 * torch.eye(len(scale), dtype=torch.float64)  # features may all be dead
+    direction = torch.linalg.solve(torch.from_numpy(covariance) + ridge, (other - center) / scale) / scale
     return ((features.double() - (center + other) / 2) @ direction).float()
 
 

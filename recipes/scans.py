@@ -30,7 +30,7 @@ Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scan
 
 MOVED = (
     "ResNet-44 and ResNet-56 were to be held out, and were moved to `calibrate` when the first of them was called suspicious. Then the search was changed (all "
-    "classes on the same samples) with both parts in view; those of the part `fresh` were trained and scanned afterwards: other data, kinds of networks, and seeds. "
+    "classes on the same samples) with both parts in view; those of the part `fresh` were trained and scanned afterwards: other data, seeds, targets and settings. "
 )
 
 

@@ -14,7 +14,7 @@ from hf_purify.diagnosis import KINDS
 from hf_purify.forgetting import Forgotten
 from hf_purify.judgement import OUTLIER, judge
 from hf_purify.neurons import NeuronGroup, NeuronIndex, ParamSlice
-from hf_purify.ranking import auroc
+from hf_purify.ranking import auroc, log_odds
 from hf_purify.registry import find
 from hf_purify.shortcuts import Shortcut
 from hf_purify.suspicion import agreement, suspected
@@ -132,6 +132,22 @@ class TestActivations:
 
 
 class TestRanking:
+    def test_features_tell_samples_with_the_trigger_from_genuine_ones_of_its_class(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        clean, genuine, triggered = (torch.randn(200, 24, generator=draw) for _ in range(3))
+        genuine[:, 0] += 6.0  # what makes the class
+        triggered[:, 0] += 5.0  # and is in both
+        triggered[:, 1] += 4.0
+        scores = log_odds(torch.cat([clean, genuine]), triggered[:50], torch.cat([triggered[50:], genuine]))
+        truth = torch.arange(350) < 150
+        assert auroc(scores, truth)[0] > 0.95
+        assert auroc(torch.cat([triggered[50:], genuine])[:, 0], truth)[0] < 0.5
+        assert float((scores[150:] < 0).float().mean()) > 0.9
+
+    def test_features_that_never_differ_say_nothing(self) -> None:
+        same = torch.ones(30, 4)
+        assert log_odds(same, same[:8], same[:3]).tolist() == [0.0, 0.0, 0.0]
+
     def test_auroc_of_known_orders(self) -> None:
         truth = torch.tensor([True, True, False, False])
         assert auroc(torch.tensor([4.0, 3.0, 2.0, 1.0]), truth) == (1.0, [1.0, 1.0])
