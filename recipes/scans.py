@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_purify.calibration import Null
@@ -52,7 +54,17 @@ def page(modality: str, cells: list[dict[str, Any]]) -> str:
         elsewhere([c for c in cells if c["data"] not in {d["data"] for d in same}], cells),
         signals(single),
     ]
-    return "".join([*parts, neurons(single), agreements(single), inverted(single), samples_table(single), details(cells)])
+    return "".join(
+        [
+            *parts,
+            neurons(single),
+            agreements(single),
+            inverted(single),
+            samples_table(single),
+            poisoned_clean() if modality == "vision" else "",
+            details(cells),
+        ]
+    )
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -238,6 +250,26 @@ def inverted(cells: list[dict[str, Any]]) -> str:
         + text
         + table(["kind", "models", "from the model as it came", "from the unlearned model"], rows)
     )
+
+
+def poisoned_clean() -> str:
+    """What happens where some of the clean samples carry the trigger, as `recipes/vision/poisoned_clean.py` measured it."""
+    rows = [
+        [
+            c["victim"],
+            f"{c['poisoned']} of {c['samples']}",
+            f"{', '.join(map(str, c['targets'])) or 'none'} ({c['score']:.3f})",
+            c["warned"][0].split(" clean")[0] if c["warned"] else "-",
+            *(f"{c[method]['after'][figure]}" for method in ("neural_cleanse", "fine_tune") for figure in ("ASR", "ACC")),
+        ]
+        for c in json.loads(Path(__file__).with_name("vision").joinpath("poisoned_clean.json").read_text("utf-8"))
+    ]
+    text = (
+        "`python -m hf_purify_recipes.vision.poisoned_clean`, seed 0: some of the clean samples carry the trigger and the attacker's label. What the scan says, of how many it warns, and "
+        "what repairs with the same samples leave.\n\n"
+    )
+    figures = ("ASR after `neural_cleanse`", "ACC", "ASR after `fine_tune`", "ACC")
+    return "## A clean set that is poisoned\n\n" + text + table(["model", "poisoned", "found (score)", "warned of", *figures], rows)
 
 
 def samples_table(cells: list[dict[str, Any]]) -> str:

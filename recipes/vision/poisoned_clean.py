@@ -46,7 +46,13 @@ def measured(member: population.Member, rate: float, folder: Path) -> dict[str, 
     clean = clean_set(member, rate)
     common: dict[str, Any] = {"model": model, "processor": transform, "labels": victims.CIFAR_CLASSES, "clean": clean, "samples": None}
     found = run_scan(population.ScanRecipe.make(**common, channels_last=True))
-    cell: dict[str, Any] = {"victim": member.name, "target": member.target, "rate": rate, "poisoned": round(rate * SAMPLES)}
+    cell: dict[str, Any] = {
+        "victim": member.name,
+        "target": member.target,
+        "rate": rate,
+        "poisoned": round(rate * SAMPLES),
+        "samples": SAMPLES,
+    }
     cell |= {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}
     test = {"test": member.split("test"), "triggers": list(member.triggers), "target": member.target}
     for method in METHODS:
