@@ -13,7 +13,7 @@ from hf_purify.shortcuts import Shortcut
 
 OUTLIER = math.log(1 / 0.5)  # without a calibration, a class that costs half of the third cheapest is suspected
 ROWS_CUT = 3.5  # ULRL's
-SHORTCUT = "How cheap a trigger of the kind '{kind}' towards a class is, by itself and beside one towards the third cheapest class, as a logarithm, above the class farthest away."
+SHORTCUT = "How cheap a trigger of the kind '{kind}' towards a class is, by itself and beside one towards the third cheapest class, as a logarithm, above the class farthest away. The cheapest classes were looked at more closely."
 TRIED = "How much cheaper the best trigger of the kind '{kind}' among those tried is towards a class than towards the third cheapest class, as a logarithm, above the class farthest away."
 SHARES = "Share of the errors that fall to a class while the clean task is unlearned."
 ROWS = "How far unlearning moves the classifier's row of a class beside the others, in robust standard deviations (ULRL)."

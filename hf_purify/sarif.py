@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_purify.diagnosis import Diagnosis
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+WHOLE = {"startLine": 1, "startColumn": 1, "endLine": 1, "endColumn": 1}  # of a model, which has no lines: code scanning wants some
 LISTED = 20  # triggers and samples with a result each, and neurons that a message names
 
 # Name: level, title, explanation. Results of `unjudged` are open questions, no failures.
@@ -60,7 +61,7 @@ def _run(found: Diagnosis) -> dict[str, Any]:
     rules = [
         {
             "id": name,
-            "name": "".join(word.capitalize() for word in name.split("-")),
+            "name": "Model" + "".join(word.capitalize() for word in name.split("-")),
             "shortDescription": {"text": title},
             "fullDescription": {"text": text},
             "help": {"text": f"{text} A scan is a screening: look at its page before acting on it."},
@@ -169,7 +170,7 @@ def _result(found: Diagnosis, rule: str, text: str, *, source: str = "", key: st
         module: the layer that it is about.
     """
     source = source or str(found.checkpoint.get("source") or "")
-    place: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": uri_of(source)}}} if source else {}
+    place: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": uri_of(source)}, "region": WHOLE}} if source else {}
     if module:
         place["logicalLocations"] = [{"fullyQualifiedName": one_line(module), "kind": "module"}]
     mark = hashlib.sha256("\n".join((source, rule, key)).encode("utf-8", "replace")).hexdigest()[:32]

@@ -14,7 +14,7 @@ from diagnoses import make_diagnosis
 from jsonschema import Draft7Validator
 
 from hf_purify.diagnosis import KINDS, Diagnosis
-from hf_purify.sarif import LISTED, uri_of
+from hf_purify.sarif import LISTED, WHOLE, uri_of
 
 # The parts of OASIS's schema of SARIF 2.1.0 for what a log of ours has. Unlike there, no key is allowed that is not named.
 TEXT = {"type": "object", "required": ["text"], "additionalProperties": False, "properties": {"text": {"type": "string", "minLength": 1}}}
@@ -44,7 +44,11 @@ RULE = closed(
 ADDRESS = {"type": "string", "pattern": r"^([A-Za-z][A-Za-z0-9+.-]*:|(?!//)[^:]*(/|$))([A-Za-z0-9\-._~:/?#@!$&'()*+,;=]|%[0-9A-F]{2})*$"}
 LOCATION = closed(
     "",
-    physicalLocation=closed("artifactLocation", artifactLocation=closed("uri", uri=ADDRESS)),
+    physicalLocation=closed(
+        "artifactLocation",
+        artifactLocation=closed("uri", uri=ADDRESS),
+        region=closed(" ".join(WHOLE), **{key: {"const": 1} for key in WHOLE}),
+    ),
     logicalLocations=many(closed("", fullyQualifiedName=STRING, kind=STRING), uniqueItems=True),
 )
 RESULT = closed(
