@@ -116,7 +116,7 @@ def test_what_is_written_can_be_read_by_people_and_machines(scanned: Path) -> No
 def test_the_twin_without_a_backdoor_looks_less_odd_and_is_let_pass(innocent: Path, stored: Path) -> None:
     """With a threshold of its own: the score was calibrated on networks for photographs, and clean ones for digits look odder."""
     clean = stored / "parquet" / "train.parquet"
-    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json", "--threshold", 0.999)
+    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json", "--threshold", 0.99999)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["suspicious"], found["targets"], found["triggers"], found["kind"]) == (False, [], [], "none")
