@@ -95,6 +95,7 @@ class Waves(Spectrum):
     faint = 0.045  # their amplitude, as a share of the range of the inputs
     tried, glanced = 8, 4  # samples, and those that all waves are put on
     best = 3  # waves by class that the rest are put on
+    at_once = 64  # images in a pass
 
     @classmethod
     def probe(cls, data: Examples, logits: Look) -> Tensor:
@@ -120,10 +121,12 @@ class Waves(Spectrum):
         items = images.flatten(0, -4)
         low, high = (f((0, 2, 3), keepdim=True) for f in (items.amin, items.amax))
         found = []
-        for pattern in patterns:
-            changed = (items + pattern).maximum(low).minimum(high)
-            found.append(logits({**batch, cls.key: changed.view_as(images)}).float().log_softmax(-1).cpu())
-        return torch.stack(found)
+        for some in torch.stack(list(patterns)).split(max(1, cls.at_once // len(items))):
+            changed = (items + some).maximum(low).minimum(high)  # (patterns, items, C, H, W)
+            whole = {name: values.repeat(len(some), *[1] * (values.dim() - 1)) for name, values in batch.items()}
+            said = logits({**whole, cls.key: changed.flatten(0, 1).view_as(whole[cls.key])}).float().log_softmax(-1).cpu()
+            found.append(said.view(len(some), len(images), -1))
+        return torch.cat(found)
 
     def size(self) -> Tensor:
         waves = torch.stack([self.cosines, self.sines]).tanh().square().sum(0).mean(1, keepdim=True)
