@@ -19,8 +19,8 @@ from hf_purify.salience import mad_scores
 from hf_purify.task import reading
 
 TOP = 8  # samples that are shown
-ODD = 3.0  # MAD score among clean samples of its class, from which one looks as if it carried a trigger
-FEWEST = 2  # of them, for a warning: one alone may be odd by nature
+ODD = 2.5  # MAD score among clean samples of its class, from which one looks as if it carried a trigger
+FEWEST = 0.005  # share of the samples, for a warning: one or two may be odd by nature
 RIGHT = 0.7  # share of clean samples that a model of its own data gets right at least, as a rule
 
 
@@ -53,7 +53,7 @@ def odd_samples(ctx: Context, ranker: Ranker) -> list[str]:
     for k in ranker.triggered:  # planted samples have the attacker's label, and are few beside its genuine ones
         own = ranker.of_clean(k)[labels == k]
         odd += int(((own > 0) & (mad_scores(own) > ODD)).sum()) if len(own) else 0
-    if odd < FEWEST:
+    if odd < max(2, FEWEST * len(labels)):
         return []
     return [
         f"{odd} of the {len(labels)} clean samples look as if they carried the trigger: a clean set that is poisoned teaches a repair what it should remove. "

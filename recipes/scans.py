@@ -255,22 +255,25 @@ def inverted(cells: list[dict[str, Any]]) -> str:
 
 def poisoned_clean() -> str:
     """What happens where some of the clean samples carry the trigger, as `recipes/vision/poisoned_clean.py` measured it."""
-    rows = [
-        [
-            c["victim"],
-            f"{c['poisoned']} of {c['samples']}",
-            f"{', '.join(map(str, c['targets'])) or 'none'} ({c['score']:.3f})",
-            c["warned"][0].split(" clean")[0] if c["warned"] else "-",
-            *(f"{c[method]['after'][figure]}" for method in ("neural_cleanse", "fine_tune") for figure in ("ASR", "ACC")),
-        ]
-        for c in json.loads(Path(__file__).with_name("vision").joinpath("poisoned_clean.json").read_text("utf-8"))
-    ]
+    cells = json.loads(Path(__file__).with_name("vision").joinpath("poisoned_clean.json").read_text("utf-8"))
+    rows = []
+    for rate in sorted({c["rate"] for c in cells}):
+        some = [c for c in cells if c["rate"] == rate]
+        right = share(some, lambda c: c["targets"] == [c["target"]])
+        rows.append([f"{100 * rate:g} %", right, share(some, lambda c: bool(c["warned"]))])
+    figures = [(method, what) for method in ("neural_cleanse", "fine_tune") for what in ("ASR", "ACC")]
+    repairs = [[c["victim"], f"{100 * c['rate']:g} %", *(c[m]["after"][what] for m, what in figures)] for c in cells if "fine_tune" in c]
     text = (
-        "`python -m hf_purify_recipes.vision.poisoned_clean`, seed 0: some of the clean samples carry the trigger and the attacker's label. What the scan says, of how many it warns, and "
-        "what repairs with the same samples leave.\n\n"
+        "`python -m hf_purify_recipes.vision.poisoned_clean`, seed 0: of 500 clean samples some carry the trigger and the attacker's label. In how many models the scan finds the label, and in how many "
+        "it warns of the samples.\n\n"
     )
-    figures = ("ASR after `neural_cleanse`", "ACC", "ASR after `fine_tune`", "ACC")
-    return "## A clean set that is poisoned\n\n" + text + table(["model", "poisoned", "found (score)", "warned of", *figures], rows)
+    return (
+        "## A clean set that is poisoned\n\n"
+        + text
+        + table(["poisoned", "found, with the right label", "warned of the samples"], rows)
+        + "What repairs with the same samples leave:\n\n"
+        + table(["model", "poisoned", *(f"{what} after `{m}`" for m, what in figures)], repairs)
+    )
 
 
 def samples_table(cells: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
     python -m hf_purify_recipes.vision.poisoned_clean --folder runs
 
-Victims of the population; of 500 images 0, 1 and 2 % carry the trigger and the attacker's label, as in poisoned training data. Results go to
+Victims of the population with a patch or a blended picture; of 500 images 0, 1 and 2 % carry the trigger and the attacker's label, as in poisoned training data. Results go to
 `poisoned_clean.json` beside this file. `HF_PURIFY_DATA` names the data.
 """
 
@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 
 from hf_purify import purify
 from hf_purify.files import replace_text
+from hf_purify.recipe import ScanRecipe
 from hf_purify.scanner import run_scan
 
 from . import population, victims
 
-VICTIMS = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")
+KINDS = ("badnets", "blended")  # of the victims that are scanned
+REPAIRED = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")  # of those
 RATES = (0.0, 0.01, 0.02)
 SAMPLES = 500
 METHODS = ("neural_cleanse", "fine_tune")
@@ -40,12 +42,11 @@ def clean_set(member: population.Member, rate: float) -> datasets.Dataset:
     return population.planted(data.select(rows), chosen, member.triggers[0], member.target)
 
 
-def measured(member: population.Member, rate: float, folder: Path) -> dict[str, Any]:
-    """One victim at one rate."""
+def scanned(member: population.Member, rate: float, folder: Path) -> dict[str, Any]:
+    """What a scan of a victim says with such a clean set."""
     model, transform = population.network(member, folder)
-    clean = clean_set(member, rate)
-    common: dict[str, Any] = {"model": model, "processor": transform, "labels": victims.CIFAR_CLASSES, "clean": clean, "samples": None}
-    found = run_scan(population.ScanRecipe.make(**common, channels_last=True))
+    common: dict[str, Any] = {"processor": transform, "labels": member.labels, "samples": None, "channels_last": True}
+    found = run_scan(ScanRecipe.make(model=model, clean=clean_set(member, rate), **common))
     cell: dict[str, Any] = {
         "victim": member.name,
         "target": member.target,
@@ -53,11 +54,17 @@ def measured(member: population.Member, rate: float, folder: Path) -> dict[str, 
         "poisoned": round(rate * SAMPLES),
         "samples": SAMPLES,
     }
-    cell |= {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}
+    return cell | {"score": found.score, "targets": found.targets, "warned": [w for w in found.warnings if "look as if" in w]}
+
+
+def repaired(member: population.Member, rate: float, folder: Path) -> dict[str, Any]:
+    """What repairs of a victim leave with such a clean set."""
     test = {"test": member.split("test"), "triggers": list(member.triggers), "target": member.target}
+    cell = {}
     for method in METHODS:
-        model, _ = population.network(member, folder)
-        report = purify(**common | test | {"model": model}, method=method, controls=False, channels_last=True)
+        model, transform = population.network(member, folder)
+        common: dict[str, Any] = {"processor": transform, "labels": member.labels, "samples": None, "channels_last": True}
+        report = purify(model, clean_set(member, rate), method=method, controls=False, **common, **test)
         before, after = report.rows[0], report.rows[1]
         cell[method] = {"before": row_of(before), "after": row_of(after)}
     return cell
@@ -73,10 +80,11 @@ def main() -> None:
     chosen = parser.parse_args()
     cells = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.exists() else []
     known = {(c["victim"], c["rate"]) for c in cells}
-    members = [m for m in population.members() if m.name in VICTIMS]
+    members = [m for m in population.members() if m.kind in KINDS and len(m.targets) == 1 and m.dataset == "cifar10"]
     for member, rate in tqdm([(m, r) for m in members for r in RATES], desc="poisoned clean sets"):
         if (member.name, rate) not in known:
-            cells.append(measured(member, rate, chosen.folder))
+            cell = scanned(member, rate, chosen.folder)
+            cells.append(cell | repaired(member, rate, chosen.folder) if member.name in REPAIRED else cell)
             replace_text(OUTPUT, json.dumps(cells, indent=1) + "\n")
 
 
