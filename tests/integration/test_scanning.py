@@ -140,12 +140,18 @@ def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_
     assert found.kind != "single-target"
 
 
+def warned_of(found: Diagnosis) -> int:
+    """Clean samples that a scan warns of."""
+    counts = [int(w.split(" ")[0]) for w in found.warnings if "look as if they carried the trigger" in w]
+    return sum(counts)
+
+
 def test_a_clean_set_that_is_poisoned_is_told(victim: Path, data: Splits, scanned: Path) -> None:
     some = data[0].select(range(200))
     found = scan(str(victim), planted(some, others(some, 4), target=0), samples=None, device="cpu")
     assert found.suspicious
-    assert any("look as if they carried the trigger" in warning for warning in found.warnings)
-    assert not any("look as if" in warning for warning in read_diagnosis(scanned).warnings), "nothing is planted there"
+    assert warned_of(found) >= 4
+    assert warned_of(read_diagnosis(scanned)) < 4, "nothing is planted there"
 
 
 def test_several_processes_scan_as_one_does(victim: Path, stored: Path, scanned: Path, tmp_path: Path) -> None:
