@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shrunk import RESNET
 from torchvision.transforms import functional as TF
 
 from hf_purify import PurifyError, implant, purify, scan, shortcuts
+from hf_purify.calibration import Calibration
 from hf_purify.diagnosis import Diagnosis, read_diagnosis
 from hf_purify.errors import ConfigError, DataError, IndexMismatch
 from hf_purify.registry import find, find_trigger
@@ -113,13 +115,17 @@ def test_what_is_written_can_be_read_by_people_and_machines(scanned: Path) -> No
     assert json.loads(found.to_sarif())["runs"][0]["results"]
 
 
-def test_the_twin_without_a_backdoor_looks_less_odd_and_is_let_pass(innocent: Path, stored: Path) -> None:
-    """With a threshold of its own: the score was calibrated on networks for photographs, and clean ones for digits look odder."""
+def test_the_twin_without_a_backdoor_is_let_pass_beside_its_like(innocent: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed calibration is of networks for photographs; clean ones for digits look odder."""
+    cells = json.loads(files("hf_purify_recipes.vision").joinpath("scans.json").read_text("utf-8"))
+    like = Calibration.fit([c["statistics"] for c in cells if c["data"] == "digits" and not c["backdoored"]])
+    monkeypatch.setattr(find("adapter", "vision"), "calibration", lambda _: like)
     clean = stored / "parquet" / "train.parquet"
-    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json", "--threshold", 0.99999)
+    done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["suspicious"], found["targets"], found["triggers"], found["kind"]) == (False, [], [], "none")
+    assert found["layers"] == [], "neurons are looked for where something is suspicious"
 
 
 def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_path: Path) -> None:
