@@ -115,11 +115,16 @@ def test_what_is_written_can_be_read_by_people_and_machines(scanned: Path) -> No
     assert json.loads(found.to_sarif())["runs"][0]["results"]
 
 
-def test_the_twin_without_a_backdoor_is_let_pass_beside_its_like(innocent: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The committed calibration is of networks for photographs; clean ones for digits look odder."""
+@pytest.fixture
+def beside_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores beside clean networks for digits: the committed calibration is of networks for photographs, and these look odder."""
     cells = json.loads(files("hf_purify_recipes.vision").joinpath("scans.json").read_text("utf-8"))
     like = Calibration.fit([c["statistics"] for c in cells if c["data"] == "digits" and not c["backdoored"]])
     monkeypatch.setattr(find("adapter", "vision"), "calibration", lambda _: like)
+
+
+@pytest.mark.usefixtures("beside_digits")
+def test_the_twin_without_a_backdoor_is_let_pass_beside_its_like(innocent: Path, stored: Path) -> None:
     clean = stored / "parquet" / "train.parquet"
     done = run("scan", innocent, "--clean", clean, "-n", 200, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
@@ -128,6 +133,7 @@ def test_the_twin_without_a_backdoor_is_let_pass_beside_its_like(innocent: Path,
     assert found["layers"] == [], "neurons are looked for where something is suspicious"
 
 
+@pytest.mark.usefixtures("beside_digits")
 def test_each_class_to_the_next_is_not_called_a_single_target(data: Splits, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 14, "batch_size": 32, "rate": 0.5, "lr": 0.05, "augmentation": "none", "rule": "all-to-all"}
     made = implant(
