@@ -19,7 +19,7 @@ from .populations import PARTS
 Cell = Mapping[str, Any]
 HEAD = """# {title}: what a scan says of models with and without a backdoor
 
-Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scans.json`; every figure comes from a run (seed 0, {samples} clean samples).
+Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scans.json`; every figure comes from a run ({samples} clean samples{draws}).
 
 - A model is called suspicious where its score is above {score:g}. The score comes from the clean models alone: no backdoored model has a part in it. Clean models are judged by a calibration that each is left out
   of.
@@ -47,7 +47,15 @@ def page(modality: str, cells: list[dict[str, Any]]) -> str:
     same = of_calibrated_data(cells)
     single = [c for c in same if len(c["targets"]) < 2]
     parts = [
-        HEAD.format(title=title, modality=modality, samples=samples, other=other, moved=moved, score=SCORE),
+        HEAD.format(
+            title=title,
+            modality=modality,
+            samples=samples,
+            draws=", drawn for each model anew" if modality == "vision" else ", seed 0",
+            other=other,
+            moved=moved,
+            score=SCORE,
+        ),
         rates(single),
         by_trigger(single),
         several(cells),

@@ -93,14 +93,17 @@ class Waves(Spectrum):
     late = True
     highest = 8  # periods along a side of the waves that are tried
     faint = 0.045  # their amplitude, as a share of the range of the inputs
-    tried, glanced = 8, 4  # samples, and those that all waves are put on
+    tried, glanced = 32, 4  # samples, of different classes first, and those that all waves are put on
     best = 3  # waves by class that the rest are put on
     at_once = 64  # images in a pass
 
     @classmethod
     def probe(cls, data: Examples, logits: Look) -> Tensor:
         """Every plane wave up to 8 periods is put on a few samples of different classes: no gradient leads to a single faint one."""
-        some = torch.cat([(data.labels == c).nonzero().flatten()[:1] for c in data.labels.unique()])[: cls.tried]
+        turn = torch.empty(len(data), dtype=torch.long)  # which one of its class each sample is
+        for c in data.labels.unique():
+            turn[data.labels == c] = torch.arange(int((data.labels == c).sum()))
+        some = turn.argsort(stable=True)[: cls.tried]
         down, right = torch.meshgrid(*(torch.arange(side) / side for side in data.batch(some)[cls.key].shape[-2:]), indexing="ij")
         waves = [(u, v) for u in range(cls.highest + 1) for v in range(-cls.highest, cls.highest + 1) if u > 0 or v > 0]
         items = data.batch(some)[cls.key].flatten(0, -4)
