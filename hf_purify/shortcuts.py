@@ -14,7 +14,7 @@ from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 
 STEPS = 45  # of the inversion
-FIRST, KEPT = 15, 4  # after so many steps, only so many of the cheapest classes go on: a cost is seen beside the third
+FIRST, KEPT = 25, 5  # after so many steps, only so many of the cheapest classes go on: a cost is seen beside the third, and some fall late
 BATCH = 5  # samples a step, each of which goes to every class
 SAMPLES = 32  # that a cost is read on
 TOGETHER = 10  # classes that are searched at once
