@@ -24,8 +24,14 @@ from hf_purify.scanner import run_scan
 
 from . import population, victims
 
-KINDS = ("badnets", "blended")  # of the victims that are scanned
-REPAIRED = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")  # of those
+REPAIRED = ("wrn16_1-badnets-t9-s7", "wrn16_1-blended-t4-s7")
+SCANNED = (
+    *REPAIRED,
+    "resnet20-badnets-t8-s7",
+    "resnet20-blended-t1-s0",
+    "timm_resnet-badnets-t1-s7",
+    "timm_resnet-blended-t2-s7",
+)
 RATES = (0.0, 0.01, 0.02)
 SAMPLES = 500
 METHODS = ("neural_cleanse", "fine_tune")
@@ -80,7 +86,7 @@ def main() -> None:
     chosen = parser.parse_args()
     cells = json.loads(OUTPUT.read_text("utf-8")) if OUTPUT.exists() else []
     known = {(c["victim"], c["rate"]) for c in cells}
-    members = [m for m in population.members() if m.kind in KINDS and len(m.targets) == 1 and m.dataset == "cifar10"]
+    members = [m for m in population.members() if m.name in SCANNED]
     for member, rate in tqdm([(m, r) for m in members for r in RATES], desc="poisoned clean sets"):
         if (member.name, rate) not in known:
             cell = scanned(member, rate, chosen.folder)
