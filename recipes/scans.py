@@ -32,7 +32,9 @@ Written by `python -m hf_purify_recipes.calibrate {modality} --write` from `scan
 
 MOVED = (
     "ResNet-44 and ResNet-56 were to be held out, and were moved to `calibrate` when the first of them was called suspicious. Then the search was changed (all "
-    "classes on the same samples) with both parts in view; those of the part `fresh` were trained and scanned afterwards: other data, seeds, targets and settings. "
+    "classes on the same samples) with both parts in view; those of the part `fresh` were trained afterwards: other data, seeds, targets and settings. When they had been scanned once, "
+    "every model was given clean samples of its own (before, all had seen the same ones, which hid how far a verdict hangs on them), waves more samples, and "
+    "classes were left behind later. "
 )
 
 
