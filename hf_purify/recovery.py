@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_purify.adapter import Batch, Examples, Loaded
 from hf_purify.diagnosis import FoundTrigger, Shown
+from hf_purify.inversion import copied, invert, recover
 from hf_purify.method import Context
 from hf_purify.metrics import Proportion
-from hf_purify.routines import copied, invert, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import fetch, mode
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_purify.inversion import compare, copied, recover
 from hf_purify.method import Context
-from hf_purify.routines import compare, copied, recover
 from hf_purify.stand_in import StandIn
 from hf_purify.task import mode
 

@@ -47,7 +47,7 @@ LAYERS = [
     {"resuming", "sharing", "states", "tracking"},
     {"salience", "task", "triggers"},
     {"loop"},
-    {"routines"},
+    {"inversion", "routines"},
     {"method"},
     {"methods"},
     {"APART", "catalogue", "hub", "output", "pictures", "recipe", "registry", "rendering", "report", "specs", "tables"}

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_purify.errors import ConfigError
+from hf_purify.inversion import costs, glance, invert, recover
 from hf_purify.loop import TrainConfig
 from hf_purify.method import Context, Method, MethodConfig, Verdict
-from hf_purify.routines import costs, glance, invert, recover, relearn, unlearn
+from hf_purify.routines import relearn, unlearn
 from hf_purify.task import put_back, reading, snapshot
 
 
